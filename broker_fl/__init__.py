@@ -1,0 +1,3 @@
+"""Federated learning over a message broker."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,4 @@
+from broker_fl.cli.main import main
+
+if __name__ == "__main__":
+    main()

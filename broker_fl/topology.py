@@ -1,0 +1,180 @@
+"""Exchanges, queues, bindings, permissions and policies, as data: what a federation looks like on the broker.
+
+Fixed by declaration is only what never changes (types, dead-lettering, single active consumer). Lengths, ages and limits are
+policies, since a queue that is declared again with other arguments fails (406), while an operator edits a policy at any time.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+ExchangeKind = Literal["fanout", "direct", "topic"]
+QueueKind = Literal["quorum", "stream", "classic"]
+Argument = str | int | bool
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    name: str
+    kind: ExchangeKind
+
+
+@dataclass(frozen=True, slots=True)
+class Queue:
+    """Durable. `arguments` are the ones beside x-queue-type."""
+
+    name: str
+    kind: QueueKind
+    arguments: Mapping[str, Argument] = field(default_factory=dict)
+
+    def all_arguments(self) -> dict[str, Argument]:
+        return {"x-queue-type": self.kind, **self.arguments}
+
+
+@dataclass(frozen=True, slots=True)
+class Binding:
+    exchange: str
+    queue: str
+    routing_key: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    name: str
+    pattern: str
+    apply_to: Literal["queues"]
+    definition: Mapping[str, Argument]
+    priority: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    exchanges: tuple[Exchange, ...] = ()
+    queues: tuple[Queue, ...] = ()
+    bindings: tuple[Binding, ...] = ()
+    policies: tuple[Policy, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Permissions:
+    """Regular expressions over names, as RabbitMQ has them."""
+
+    configure: str
+    write: str
+    read: str
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """What everything of one federation is called."""
+
+    federation: str
+
+    @property
+    def updates(self) -> str:
+        return f"fl.{self.federation}.updates"
+
+    @property
+    def quarantine(self) -> str:
+        """An exchange and its queue: what was refused, and why."""
+        return f"fl.{self.federation}.quarantine"
+
+    @property
+    def model(self) -> str:
+        """The fanout exchange of the broadcasts."""
+        return f"fl.{self.federation}.model"
+
+    @property
+    def model_log(self) -> str:
+        return f"fl.{self.federation}.model.log"
+
+    @property
+    def receipts(self) -> str:
+        return f"fl.{self.federation}.receipts"
+
+    @property
+    def events(self) -> str:
+        return f"fl.{self.federation}.events"
+
+    def up(self, party: str) -> str:
+        return f"fl.{self.federation}.up.{party}"
+
+    def inbox(self, party: str) -> str:
+        return f"fl.{self.federation}.inbox.{party}"
+
+    def party_of(self, exchange: str) -> str | None:
+        """The party whose exchange this is; None where it is no party's."""
+        prefix = f"fl.{self.federation}.up."
+        return exchange.removeprefix(prefix) if exchange.startswith(prefix) else None
+
+
+def shared(federation: str, *, model_bytes: int) -> Topology:
+    """What all parties share. The log keeps about the last eight broadcasts of `model_bytes` each."""
+    names = Names(federation)
+    prefix = "^" + re.escape(f"fl.{federation}.")
+    segment_bytes = max(model_bytes, MIB)
+    return Topology(
+        exchanges=(
+            Exchange(names.model, "fanout"),
+            Exchange(names.receipts, "direct"),
+            Exchange(names.events, "topic"),
+            Exchange(names.quarantine, "fanout"),
+        ),
+        queues=(
+            Queue(
+                names.updates,
+                "quorum",
+                {"x-single-active-consumer": True, "x-dead-letter-exchange": names.quarantine},
+            ),
+            Queue(names.model_log, "stream"),
+            Queue(names.quarantine, "classic"),
+        ),
+        bindings=(Binding(names.model, names.model_log), Binding(names.quarantine, names.quarantine)),
+        policies=(
+            Policy(f"fl.{federation}.updates", f"{prefix}updates$", "queues", {"delivery-limit": 5}),
+            Policy(
+                f"fl.{federation}.model.log",
+                f"{prefix}model\\.log$",
+                "queues",
+                {"max-length-bytes": 8 * segment_bytes, "stream-max-segment-size-bytes": segment_bytes},
+            ),
+            Policy(
+                f"fl.{federation}.quarantine",
+                f"{prefix}quarantine$",
+                "queues",
+                {"message-ttl": 7 * 24 * 3600 * 1000, "max-length-bytes": 256 * MIB, "overflow": "drop-head"},
+            ),
+            Policy(
+                f"fl.{federation}.inbox",
+                f"{prefix}inbox\\.",
+                "queues",
+                {"message-ttl": 30 * 24 * 3600 * 1000, "max-length": 10_000, "overflow": "drop-head"},
+            ),
+        ),
+    )
+
+
+def party(federation: str, name: str) -> Topology:
+    """What is one party's own: its way up, and the inbox for its receipts."""
+    names = Names(federation)
+    return Topology(
+        exchanges=(Exchange(names.up(name), "fanout"),),
+        queues=(Queue(names.inbox(name), "classic"),),
+        bindings=(
+            Binding(names.up(name), names.updates),
+            Binding(names.receipts, names.inbox(name), routing_key=name),
+        ),
+    )
+
+
+def party_permissions(federation: str, name: str) -> Permissions:
+    """Configure nothing; write only its own exchange; read only the model log and its own inbox."""
+    names = Names(federation)
+    return Permissions(
+        configure="^$",
+        write=f"^{re.escape(names.up(name))}$",
+        read=f"^({re.escape(names.model_log)}|{re.escape(names.inbox(name))})$",
+    )

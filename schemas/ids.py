@@ -1,0 +1,22 @@
+"""Names and numbers that identify things on the wire and on the broker."""
+
+import re
+from typing import Annotated
+
+from pydantic import Field, StringConstraints
+
+NAME_PATTERN = r"^[a-z0-9][a-z0-9_-]{0,62}$"
+"""Parties and federations: lower case, no dots, since the names of exchanges and permissions are built from them."""
+
+PartyId = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
+FederationId = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
+UpdateId = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
+LedgerId = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
+Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+"""A SHA-256 in lower-case hexadecimal."""
+
+Version = Annotated[int, Field(ge=0, lt=2**53)]
+
+
+def is_name(text: str) -> bool:
+    return re.fullmatch(NAME_PATTERN, text) is not None

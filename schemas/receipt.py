@@ -1,0 +1,40 @@
+"""What became of an update."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from schemas.ids import FederationId, PartyId, UpdateId, Version
+from schemas.wire import Message
+
+Reason = Literal[
+    "malformed",  # not a well-formed ModelUpdate of a schema that we know
+    "identity",  # user_id missing, or the exchange, the user and the message name different parties
+    "federation",  # meant for another federation
+    "manifest",  # another model's layout
+    "codec",  # a codec that we do not know, or a payload that is not in it
+    "non_finite",  # NaN or infinity
+    "bounds",  # larger than the limits of this federation
+    "base",  # trained from a frame that this ledger never published
+    "too_stale",  # past the staleness bound
+    "repeated",  # a second update from one version where the strategy takes one
+    "parts",  # parts that do not fit together
+]
+
+
+class Receipt(Message):
+    """merged at a version with a weight, buffered, or refused for a reason."""
+
+    kind: Literal["receipt"] = "receipt"
+    schema_version: Literal[1] = 1
+    federation: FederationId
+    party: PartyId
+    update_id: UpdateId
+    outcome: Literal["merged", "buffered", "refused"]
+    version: Version
+    """The global version after the decision."""
+    staleness: Annotated[int, Field(ge=0)]
+    weight: float
+    """The factor that the delta was added with: a_t for FedAsync, the share before averaging for buffers, 0 if refused."""
+    reason: Reason | None = None
+    detail: Annotated[str, Field(max_length=1000)] = ""

@@ -1,0 +1,29 @@
+"""What a party sends up."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from schemas.ids import Digest, FederationId, PartyId, UpdateId, Version
+from schemas.wire import Message
+
+
+class ModelUpdate(Message):
+    """An encoded delta (trained weights - base weights, with what was left over before) and the facts about it."""
+
+    kind: Literal["update"] = "update"
+    schema_version: Literal[1] = 1
+    federation: FederationId
+    party: PartyId
+    update_id: UpdateId
+    sequence: Annotated[int, Field(ge=1, lt=2**53)]
+    """The party's own count of its updates, from 1, without gaps."""
+    base_version: Version
+    base_digest: Digest
+    """The digest of the frame that the party trained from."""
+    manifest_digest: Digest
+    codec: Annotated[str, Field(max_length=64)]
+    num_samples: Annotated[int, Field(ge=1, lt=2**53)]
+    num_steps: Annotated[int, Field(ge=1, lt=2**53)]
+    train_loss: float
+    payload: bytes
