@@ -1,0 +1,313 @@
+"""Settings: flags over environment over enrolment file over federation.toml over defaults, all frozen, all checked at the start."""
+
+import json
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from broker_fl.errors import ConfigurationError, nearest
+from schemas.frame import TrainingPlan
+from schemas.ids import FederationId, PartyId
+
+ENVIRONMENT_PREFIX = "BROKER_FL_"
+
+Positive = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+
+
+class Section(BaseModel):
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class FederationSettings(Section):
+    name: FederationId = "federation"
+
+
+class BrokerSettings(Section):
+    url: SecretStr = SecretStr("amqp://guest:guest@127.0.0.1:5672/")
+    management_url: SecretStr | None = None
+    """http://user:password@host:15672; without it, the host and login of `url` at port 15672."""
+    heartbeat_s: Positive = 10
+    publish_timeout_s: PositiveFloat = 30.0
+    max_message_bytes: Annotated[int, Field(ge=65_536, le=512 << 20)] = 16 << 20
+    """The broker's own limit (16 MiB since RabbitMQ 4.0). What is larger travels in parts."""
+    part_bytes: Annotated[int, Field(ge=1024, le=128 << 20)] = 1 << 20
+
+    @field_validator("url")
+    @classmethod
+    def _is_amqp(cls, url: SecretStr) -> SecretStr:
+        if urlsplit(url.get_secret_value()).scheme not in ("amqp", "amqps"):
+            raise ValueError("expected amqp://user:password@host:port/vhost")
+        return url
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        if self.part_bytes >= self.max_message_bytes:
+            raise ValueError("part_bytes must be below max_message_bytes")
+        return self
+
+    def management(self) -> SecretStr:
+        if self.management_url is not None:
+            return self.management_url
+        amqp = urlsplit(self.url.get_secret_value())
+        login, _, _ = amqp.netloc.rpartition("@")
+        host = f"[{amqp.hostname}]" if ":" in (amqp.hostname or "") else amqp.hostname
+        return SecretStr(f"http://{login or 'guest:guest'}@{host}:15672")
+
+    def user(self) -> str:
+        return urlsplit(self.url.get_secret_value()).username or "guest"
+
+    def address(self) -> str:
+        """Where the broker is, without the login: for messages."""
+        amqp = urlsplit(self.url.get_secret_value())
+        return f"{amqp.hostname}:{amqp.port or (5671 if amqp.scheme == 'amqps' else 5672)}"
+
+
+class TaskSettings(Section):
+    name: str = "digits"
+    """A built-in task, path/to/file.py:TASK or package.module:TASK."""
+    model: str | None = None
+    classes: Annotated[int | None, Field(ge=2)] = None
+    """Of `npz`, where a party's own file does not show all of them."""
+    image_shape: tuple[Positive, Positive, Positive] | None = None
+    """Of `npz`: channels, height, width; without it, read from the data."""
+    data: Path | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Of the model's first weights."""
+
+
+class PartitionSettings(Section):
+    """How a data set that all workers hold is dealt out, for trials; `none` where each party has its own data."""
+
+    scheme: Literal["none", "iid", "dirichlet", "shards"] = "none"
+    alpha: PositiveFloat = 0.5
+    shards_per_party: Positive = 2
+    sizes: tuple[PositiveFloat, ...] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+
+
+class MergingSettings(Section):
+    """Which fold merges the updates; aggregator/merging/strategies.py says what each setting does."""
+
+    strategy: Literal["fedasync", "fedbuff", "fedavg"] = "fedasync"
+    mode: Literal["delta", "mixing"] = "delta"
+    mixing_rate: Annotated[float, Field(gt=0, le=1)] = 0.4
+    staleness: Literal["constant", "polynomial", "hinge"] = "polynomial"
+    exponent: Annotated[float, Field(ge=0)] = 0.5
+    """The a of the polynomial and of the hinge."""
+    hinge: Annotated[int, Field(ge=0)] = 4
+    """The b of the hinge: no discount up to this staleness."""
+    max_staleness: Annotated[int, Field(ge=0)] = 32
+    """In versions; an update beyond it is refused."""
+    buffer_size: Positive = 10
+    buffer_timeout_s: PositiveFloat = 60.0
+    """A buffer that is not full by then is merged as it is, so that an absent party cannot stop the others."""
+    server_learning_rate: PositiveFloat = 1.0
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.mode == "mixing" and self.strategy != "fedasync":
+            raise ValueError(f"mode = 'mixing' goes with strategy = 'fedasync', not {self.strategy!r}")
+        return self
+
+
+class CodecSettings(Section):
+    up: str = "topk:0.01+int4"
+    down: str = "float32"
+
+
+class AggregatorSettings(Section):
+    state: Path = Path("broker-fl-state")
+    """Folder of the ledger and, unless `snapshots` says otherwise, of the snapshots."""
+    snapshots: str | None = None
+    """A folder, or an fsspec URL such as s3://bucket/path."""
+    snapshot_every_versions: Positive = 200
+    broadcast_every_merges: Positive = 5
+    broadcast_every_s: PositiveFloat = 1.0
+    """A new version is broadcast after so many merges or seconds, whichever comes first."""
+    versions: Positive | None = None
+    seconds: PositiveFloat | None = None
+    target_accuracy: Annotated[float | None, Field(gt=0, le=1)] = None
+    fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """The share of parties that train from each frame."""
+    max_update_norm: PositiveFloat | None = None
+    max_update_bytes: Positive | None = None
+    """Without it, a dense float32 update and 64 KiB."""
+    prefetch: Annotated[int, Field(ge=1, le=65_535)] = 64
+    group_updates: Annotated[int, Field(ge=1, le=4096)] = 64
+    group_ms: Annotated[float, Field(ge=0, le=10_000)] = 20.0
+    """One commit holds what arrives within so many milliseconds, at most `group_updates`."""
+    parts_expire_s: PositiveFloat = 3600.0
+    """A half-sent update is forgotten when no part of it came for so long."""
+
+
+class WorkerSettings(Section):
+    party: PartyId | None = None
+    state: Path = Path("broker-fl-state")
+    """Folder of the outbox."""
+    share: str | None = None
+    """I/N: this worker takes the I-th of N parts of the partition."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    precision: Literal["float32", "bfloat16"] = "float32"
+    channels_last: bool = False
+    threads: Positive | None = None
+    """Of torch; without it, torch's own choice."""
+    throttle: Annotated[float, Field(ge=1, le=1000)] = 1.0
+    """Makes training so many times slower, to try out how a federation bears a slow party."""
+
+    @field_validator("share")
+    @classmethod
+    def _is_share(cls, share: str | None) -> str | None:
+        if share is not None:
+            index, _, parties = share.partition("/")
+            if not (index.isdigit() and parties.isdigit() and 1 <= int(index) <= int(parties)):
+                raise ValueError(f"expected I/N with 1 <= I <= N, as in 2/5, not {share!r}")
+        return share
+
+
+class EvaluationSettings(Section):
+    enabled: bool = True
+    batch_size: Positive = 512
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+
+
+class TrainingSettings(TrainingPlan):
+    """The same fields as ride in each frame; here a mistyped key is an error."""
+
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
+
+    def plan(self) -> TrainingPlan:
+        return TrainingPlan(**self.model_dump())
+
+
+class Settings(BaseSettings):
+    """All of federation.toml. `load_settings` fills it; nothing else reads files or the environment for it."""
+
+    model_config: ClassVar[SettingsConfigDict] = SettingsConfigDict(
+        frozen=True, extra="forbid", env_prefix=ENVIRONMENT_PREFIX, env_nested_delimiter="__"
+    )
+
+    federation: FederationSettings = FederationSettings()
+    broker: BrokerSettings = BrokerSettings()
+    task: TaskSettings = TaskSettings()
+    partition: PartitionSettings = PartitionSettings()
+    training: TrainingSettings = TrainingSettings()
+    merging: MergingSettings = MergingSettings()
+    codec: CodecSettings = CodecSettings()
+    aggregator: AggregatorSettings = AggregatorSettings()
+    worker: WorkerSettings = WorkerSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],  # noqa: ARG003
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (init_settings,)
+
+
+Values = Mapping[str, Any]
+"""Settings as they are written: sections of keys, not yet checked."""
+
+SECTIONS: dict[str, type[BaseModel]] = {
+    name: info.annotation
+    for name, info in Settings.model_fields.items()
+    if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel)
+}
+
+OTHER_VARIABLES = ("BROKER_FL_RABBITMQ_SERVER",)
+"""Variables of the prefix that are not settings."""
+
+
+def load_settings(*files: Path, flags: Values | None = None, environment: Mapping[str, str] | None = None) -> Settings:
+    """Later files win over earlier ones, the environment over files, flags (nested by section; None means not given) over all.
+
+    Raises ConfigurationError that names the file or variable, the key, and for an unknown one the nearest right one.
+    """
+    merged: dict[str, Any] = {}
+    for file in files:
+        values = _read_toml(file)
+        _check(values, origin=str(file))
+        merged = _overlay(merged, values)
+    from_environment = _read_environment(os.environ if environment is None else environment)
+    _check(from_environment, origin="the environment")
+    merged = _overlay(_overlay(merged, from_environment), _without_none(flags or {}))
+    return _check(merged, origin="the flags")
+
+
+def _check(values: Values, *, origin: str) -> Settings:
+    try:
+        return Settings(**values)
+    except ValidationError as exc:
+        raise ConfigurationError(f"{origin}: {_first_mistake(exc)}") from exc
+
+
+def _first_mistake(exc: ValidationError) -> str:
+    mistake = exc.errors(include_url=False, include_input=False)[0]
+    path = [str(step) for step in mistake["loc"]]
+    if mistake["type"] != "extra_forbidden":
+        return f"{'.'.join(path)}: {mistake['msg'].removeprefix('Value error, ')}"
+    if len(path) == 1:
+        return f"unknown section [{path[0]}]: {nearest(path[0], SECTIONS)}"
+    return f"unknown key {path[1]!r} in [{path[0]}]: {nearest(path[1], SECTIONS[path[0]].model_fields)}"
+
+
+def _read_toml(file: Path) -> Values:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as exc:
+        raise ConfigurationError(f"there is no {file}: `broker-fl init` writes a federation.toml to start from") from exc
+    except (OSError, UnicodeDecodeError) as exc:
+        raise ConfigurationError(f"{file} cannot be read: {exc}") from exc
+    except tomllib.TOMLDecodeError as exc:
+        raise ConfigurationError(f"{file} is not TOML: {exc}") from exc
+
+
+def _read_environment(environment: Mapping[str, str]) -> Values:
+    """BROKER_FL_SECTION__KEY; JSON where the key holds a list."""
+    values: dict[str, dict[str, Any]] = {}
+    for variable, text in environment.items():
+        if not variable.startswith(ENVIRONMENT_PREFIX) or variable in OTHER_VARIABLES:
+            continue
+        section, _, key = variable.removeprefix(ENVIRONMENT_PREFIX).lower().partition("__")
+        if section not in SECTIONS or not key:
+            known = [f"{ENVIRONMENT_PREFIX}{name.upper()}__KEY" for name in SECTIONS]
+            raise ConfigurationError(f"unknown variable {variable}: {nearest(variable, known)}")
+        values.setdefault(section, {})[key] = _list_or_text(text)
+    return values
+
+
+def _list_or_text(text: str) -> object:
+    if not text.startswith("["):
+        return text
+    try:
+        parsed: object = json.loads(text)
+    except json.JSONDecodeError:
+        return text
+    return parsed
+
+
+def _overlay(below: Values, above: Values) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        merged[key] = _overlay(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def _without_none(values: Values) -> Values:
+    return {
+        key: _without_none(value) if isinstance(value, Mapping) else value
+        for key, value in values.items()
+        if value is not None
+    }
