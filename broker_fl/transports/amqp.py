@@ -1,0 +1,306 @@
+"""RabbitMQ by aio-pika: the only file that knows it, and the door at which its exceptions become ours.
+
+Connections are plain, not robust: a lost one ends the transport, and whoever runs the service opens another, declares again and
+sends again what was not confirmed. Publishing and consuming use connections of their own, since a broker that blocks publishers
+(memory or disk alarm) stops reading their connection, acknowledgements included.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+
+import aio_pika
+import aiormq
+import aiormq.exceptions as rmq
+from aio_pika.abc import AbstractChannel, AbstractConnection, AbstractExchange, AbstractIncomingMessage, AbstractQueue
+from aio_pika.exceptions import CONNECTION_EXCEPTIONS
+from pydantic import SecretStr
+
+from broker_fl.config import BrokerSettings
+from broker_fl.errors import (
+    AccessRefusedError,
+    AuthenticationError,
+    BrokerError,
+    BrokerUnavailableError,
+    MessageTooLargeError,
+    NotFoundError,
+    PublishTimeoutError,
+    QueueInUseError,
+    TopologyConflictError,
+    UnroutableError,
+)
+from broker_fl.topology import Topology
+from broker_fl.transports.transport import Connect, Delivery, Header, Message, Start, Transport
+
+_LOG_PREFETCH = 64
+_CONNECT_TIMEOUT_S = 15.0
+
+
+def amqp_connect(settings: BrokerSettings) -> Connect:
+    def connect(name: str) -> AbstractAsyncContextManager[Transport]:
+        return _open(settings, name=name)
+
+    return connect
+
+
+@asynccontextmanager
+async def _open(settings: BrokerSettings, *, name: str) -> AsyncIterator["AmqpTransport"]:
+    async with AsyncExitStack() as stack:
+        publishing = await stack.enter_async_context(_connection(settings, name=f"{name} (publish)"))
+        consuming = await stack.enter_async_context(_connection(settings, name=name))
+        with _mapped("opening a channel"):
+            channel = await publishing.channel(publisher_confirms=True, on_return_raises=True)
+        yield AmqpTransport(settings, consuming=consuming, channel=channel)
+
+
+@asynccontextmanager
+async def _connection(settings: BrokerSettings, *, name: str) -> AsyncIterator[AbstractConnection]:
+    try:
+        connection = await aio_pika.connect(
+            settings.url.get_secret_value(),
+            timeout=_CONNECT_TIMEOUT_S,
+            client_properties={"connection_name": name},
+            heartbeat=settings.heartbeat_s,
+        )
+    except (rmq.AuthenticationError, rmq.ProbableAuthenticationError) as exc:
+        raise AuthenticationError(
+            f"the broker at {settings.address()} refuses the login of {settings.user()!r}: wrong password, or not enrolled"
+        ) from exc
+    except (rmq.ConnectionNotAllowed, rmq.ConnectionClosed) as exc:
+        raise NotFoundError(f"the broker at {settings.address()} does not open this vhost to {settings.user()!r}: {exc}") from exc
+    except (*CONNECTION_EXCEPTIONS, TimeoutError) as exc:
+        raise BrokerUnavailableError(
+            f"no broker answers at {settings.address()} ({_reason(exc)}): is RabbitMQ running there, "
+            "and is [broker] url right? `broker-fl demo --keep` starts one to try"
+        ) from exc
+    try:
+        yield connection
+    finally:
+        await _closed(connection)
+
+
+async def _closed(connection: AbstractConnection) -> None:
+    """Closing a connection that is already broken fails in many ways, and none of them matters."""
+    try:
+        async with asyncio.timeout(5):
+            await connection.close()
+    except (*CONNECTION_EXCEPTIONS, TimeoutError):
+        return
+
+
+def _reason(exc: BaseException) -> str:
+    return str(exc) or type(exc).__name__
+
+
+@contextmanager
+def _mapped(doing: str) -> Iterator[None]:
+    """Foreign exceptions to ours. Nothing of aio-pika, aiormq or pamqp passes."""
+    try:
+        yield
+    except rmq.ChannelNotFoundEntity as exc:
+        raise NotFoundError(f"{doing}: {exc}") from exc
+    except (rmq.ChannelAccessRefused, rmq.ChannelLockedResource) as exc:
+        if "exclusive" in str(exc):
+            raise QueueInUseError(f"{doing}: {exc}") from exc
+        raise AccessRefusedError(f"{doing}: {exc}") from exc
+    except rmq.ChannelPreconditionFailed as exc:
+        raise _precondition(doing, exc) from exc
+    except rmq.PublishError as exc:
+        raise UnroutableError(f"{doing}: no queue takes it") from exc
+    except rmq.DeliveryError as exc:
+        raise BrokerUnavailableError(f"{doing}: the broker did not take it (a queue is full or not available)") from exc
+    except TimeoutError as exc:
+        raise BrokerUnavailableError(f"{doing}: no answer in time") from exc
+    except CONNECTION_EXCEPTIONS as exc:
+        raise BrokerUnavailableError(f"{doing}: {_reason(exc)}") from exc
+
+
+def _precondition(doing: str, exc: Exception) -> BrokerError:
+    text = str(exc)
+    if "inequivalent" in text:
+        return TopologyConflictError(f"{doing}: it exists with other arguments: {text}")
+    if "size" in text:
+        return MessageTooLargeError(f"{doing}: {text}")
+    if "user_id" in text:
+        return AccessRefusedError(f"{doing}: {text}")
+    return BrokerUnavailableError(f"{doing}: {text}")
+
+
+class AmqpTransport:
+    def __init__(self, settings: BrokerSettings, *, consuming: AbstractConnection, channel: AbstractChannel) -> None:
+        self._settings = settings
+        self._consuming = consuming
+        self._channel = channel
+        self._exchanges: dict[str, AbstractExchange] = {}
+
+    @property
+    def user(self) -> str:
+        return self._settings.user()
+
+    async def declare(self, topology: Topology) -> None:
+        with _mapped("declaring"):
+            channel = await self._consuming.channel()
+            for exchange in topology.exchanges:
+                await channel.declare_exchange(exchange.name, aio_pika.ExchangeType(exchange.kind), durable=True)
+            for queue in topology.queues:
+                await channel.declare_queue(queue.name, durable=True, arguments=dict(queue.all_arguments()))
+            for binding in topology.bindings:
+                bound = await channel.get_queue(binding.queue, ensure=False)
+                await bound.bind(binding.exchange, routing_key=binding.routing_key)
+            await channel.close()
+
+    async def publish(self, message: Message) -> None:
+        exchange = await self._exchange(message.exchange)
+        outgoing = aio_pika.Message(
+            message.body,
+            headers=dict(message.headers),
+            message_id=message.message_id or None,
+            user_id=self.user,
+            content_type="application/msgpack",
+            delivery_mode=aio_pika.DeliveryMode.PERSISTENT,
+        )
+        try:
+            with _mapped(f"publishing to {message.exchange}"):
+                async with asyncio.timeout(self._settings.publish_timeout_s) as deadline:
+                    await exchange.publish(outgoing, routing_key=message.routing_key, mandatory=message.mandatory)
+        except BrokerUnavailableError as exc:
+            if deadline.expired():
+                raise PublishTimeoutError(
+                    f"publishing to {message.exchange}: not confirmed within {self._settings.publish_timeout_s:g} s"
+                ) from exc
+            raise
+
+    async def _exchange(self, name: str) -> AbstractExchange:
+        if name not in self._exchanges:
+            with _mapped(f"opening exchange {name}"):
+                self._exchanges[name] = await self._channel.get_exchange(name, ensure=False)
+        return self._exchanges[name]
+
+    @asynccontextmanager
+    async def consume(
+        self, queue: str, *, prefetch: int, name: str, exclusive: bool = False
+    ) -> AsyncIterator["AmqpSubscription"]:
+        async with self._channel_for(prefetch) as channel:
+            subscription = AmqpSubscription(channel, what=queue, acknowledge_at_once=False)
+            with _mapped(f"consuming {queue}"):
+                source = await channel.get_queue(queue, ensure=False)
+                await subscription.start(source, name=name, exclusive=exclusive)
+            yield subscription
+
+    @asynccontextmanager
+    async def follow(self, log: str, *, start: Start, name: str) -> AsyncIterator["AmqpSubscription"]:
+        async with self._channel_for(_LOG_PREFETCH) as channel:
+            subscription = AmqpSubscription(channel, what=log, acknowledge_at_once=True)
+            with _mapped(f"following {log}"):
+                source = await channel.get_queue(log, ensure=False)
+                await subscription.start(source, name=name, arguments={"x-stream-offset": start})
+            yield subscription
+
+    @asynccontextmanager
+    async def listen(self, exchange: str, *, routing_key: str = "", name: str) -> AsyncIterator["AmqpSubscription"]:
+        async with self._channel_for(_LOG_PREFETCH) as channel:
+            subscription = AmqpSubscription(channel, what=exchange, acknowledge_at_once=True)
+            with _mapped(f"listening to {exchange}"):
+                own = await channel.declare_queue(exclusive=True, auto_delete=True)
+                await own.bind(exchange, routing_key=routing_key)
+                await subscription.start(own, name=name)
+            yield subscription
+
+    @asynccontextmanager
+    async def _channel_for(self, prefetch: int) -> AsyncIterator[AbstractChannel]:
+        with _mapped("opening a channel"):
+            channel = await self._consuming.channel(publisher_confirms=False)
+            await channel.set_qos(prefetch_count=prefetch)
+        try:
+            yield channel
+        finally:
+            try:
+                async with asyncio.timeout(5):
+                    await channel.close()
+            except (*CONNECTION_EXCEPTIONS, TimeoutError):
+                pass  # The broker closed it first, or is gone; either way it is closed.
+
+
+@dataclass(slots=True, eq=False)
+class AmqpSubscription:
+    """Deliveries wait in a queue of our own, which the prefetch bounds: aio-pika would start a task for each."""
+
+    channel: AbstractChannel
+    what: str
+    acknowledge_at_once: bool
+    _inbox: asyncio.Queue[Delivery | BrokerError] = field(default_factory=asyncio.Queue)
+    _underlay: aiormq.abc.AbstractChannel | None = None
+
+    async def start(
+        self,
+        source: AbstractQueue,
+        *,
+        name: str,
+        exclusive: bool = False,
+        arguments: dict[str, Header] | None = None,
+    ) -> None:
+        self._underlay = await self.channel.get_underlay_channel()
+        self._underlay.on_consumer_cancel_callbacks.add(self._on_cancel)
+        self.channel.close_callbacks.add(self._on_close)
+        await source.consume(self._on_message, exclusive=exclusive, consumer_tag=name, arguments=dict(arguments or {}))
+
+    async def receive(self) -> Delivery:
+        return await self._checked(await self._inbox.get())
+
+    def receive_nowait(self) -> Delivery | None:
+        if self._inbox.empty():
+            return None
+        item = self._inbox.get_nowait()
+        if isinstance(item, BrokerError):
+            self._inbox.put_nowait(item)
+            raise item
+        return item
+
+    async def acknowledge(self, tag: int, *, multiple: bool = False) -> None:
+        with _mapped(f"acknowledging on {self.what}"):
+            await self._open_underlay().basic_ack(tag, multiple=multiple, wait=False)
+
+    async def reject(self, tag: int, *, requeue: bool) -> None:
+        with _mapped(f"rejecting on {self.what}"):
+            await self._open_underlay().basic_reject(tag, requeue=requeue, wait=False)
+
+    async def _checked(self, item: Delivery | BrokerError) -> Delivery:
+        if isinstance(item, BrokerError):
+            self._inbox.put_nowait(item)
+            raise item
+        return item
+
+    def _open_underlay(self) -> aiormq.abc.AbstractChannel:
+        if self._underlay is None:
+            raise BrokerUnavailableError(f"the subscription to {self.what} has not started")
+        return self._underlay
+
+    async def _on_message(self, message: AbstractIncomingMessage) -> None:
+        delivery = _delivery(message)
+        if self.acknowledge_at_once:
+            with _mapped(f"acknowledging on {self.what}"):
+                await self.acknowledge(delivery.tag)
+        self._inbox.put_nowait(delivery)
+
+    def _on_cancel(self, _: object) -> None:
+        self._inbox.put_nowait(BrokerUnavailableError(f"the broker ended the subscription to {self.what}: was it deleted?"))
+
+    def _on_close(self, _: object, exc: BaseException | None) -> None:
+        self._inbox.put_nowait(BrokerUnavailableError(f"the subscription to {self.what} was lost: {_reason(exc or BrokerError('closed'))}"))
+
+
+def _delivery(message: AbstractIncomingMessage) -> Delivery:
+    headers = {key: value for key, value in message.headers.items() if isinstance(value, str | int | float | bool)}
+    offset = headers.get("x-stream-offset")
+    return Delivery(
+        body=message.body,
+        headers=headers,
+        message_id=message.message_id or "",
+        user_id=message.user_id,
+        exchange=message.exchange or "",
+        routing_key=message.routing_key or "",
+        redelivered=bool(message.redelivered),
+        tag=message.delivery_tag or 0,
+        offset=offset if isinstance(offset, int) else None,
+    )

@@ -1,0 +1,381 @@
+"""A broker in this process, with the semantics that the project relies on: for tests, and for a demo where no RabbitMQ is.
+
+It keeps to RabbitMQ in fanout, direct and topic routing, permissions, checked user ids, acknowledgements, redelivery, delivery
+limits, dead letters, single active consumers, exclusive consumers, logs with offsets that have gaps, and message size. It keeps
+nothing when the process ends.
+"""
+
+import asyncio
+import re
+from collections import deque
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from itertools import count
+
+from broker_fl.errors import (
+    AccessRefusedError,
+    BrokerUnavailableError,
+    MessageTooLargeError,
+    NotFoundError,
+    QueueInUseError,
+    TopologyConflictError,
+    UnroutableError,
+)
+from broker_fl.topology import Binding, Exchange, Permissions, Policy, Queue, Topology
+from broker_fl.transports.transport import Delivery, Message, Start
+
+EVERYTHING = Permissions(configure=".*", write=".*", read=".*")
+_MESSAGES_PER_OFFSET_GAP = 4
+
+
+@dataclass(slots=True)
+class _Stored:
+    delivery: Delivery
+    returns: int = 0
+    """How often it came back: RabbitMQ's x-delivery-count."""
+
+
+@dataclass(slots=True, eq=False)
+class _Consumer:
+    """One subscription's side of a queue: what was handed to it, and what it has not settled."""
+
+    name: str
+    prefetch: int
+    exclusive: bool
+    inbox: asyncio.Queue[Delivery | None] = field(default_factory=asyncio.Queue)
+    unsettled: dict[int, _Stored] = field(default_factory=dict)
+    tags: Iterator[int] = field(default_factory=lambda: count(1))
+
+
+@dataclass(slots=True)
+class _Queue:
+    spec: Queue
+    ready: deque[_Stored] = field(default_factory=deque)
+    consumers: list[_Consumer] = field(default_factory=list)
+    log: list[Delivery] = field(default_factory=list)
+    grown: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class MemoryBroker:
+    def __init__(self, *, max_message_bytes: int = 16 << 20) -> None:
+        self.users: dict[str, Permissions] = {}
+        self.max_message_bytes = max_message_bytes
+        self._exchanges: dict[str, Exchange] = {}
+        self._queues: dict[str, _Queue] = {}
+        self._bindings: set[Binding] = set()
+        self._policies: dict[str, Policy] = {}
+        self._transports: dict[int, MemoryTransport] = {}
+        self._numbers = count(1)
+        self._offsets = count(1)
+        self.is_up = True
+
+    @asynccontextmanager
+    async def connect(self, name: str, *, user: str = "admin") -> AsyncIterator["MemoryTransport"]:
+        """Users are made by writing to `users`; `admin` may do everything."""
+        if not self.is_up:
+            raise BrokerUnavailableError("the in-memory broker is stopped")
+        if user != "admin" and user not in self.users:
+            raise AccessRefusedError(f"the in-memory broker knows no user {user!r}")
+        number = next(self._numbers)
+        transport = MemoryTransport(self, user=user, name=name)
+        self._transports[number] = transport
+        try:
+            yield transport
+        finally:
+            del self._transports[number]
+            transport.cut()
+
+    def connections(self) -> list[str]:
+        """The names of those who are connected."""
+        return [transport.name for transport in self._transports.values()]
+
+    def stop(self) -> None:
+        """Cuts all connections; queues and logs stay, as with a restarted broker."""
+        self.is_up = False
+        for transport in list(self._transports.values()):
+            transport.cut()
+
+    def start(self) -> None:
+        self.is_up = True
+
+    def depth(self, queue: str) -> int:
+        """Messages that are ready."""
+        return len(self._queues[queue].ready)
+
+    def apply_policies(self, policies: tuple[Policy, ...]) -> None:
+        self._policies.update({policy.name: policy for policy in policies})
+
+    def permissions(self, user: str) -> Permissions:
+        return EVERYTHING if user == "admin" else self.users[user]
+
+    def declare(self, topology: Topology) -> None:
+        for exchange in topology.exchanges:
+            if self._exchanges.setdefault(exchange.name, exchange) != exchange:
+                raise TopologyConflictError(f"exchange {exchange.name} exists with another type")
+        for queue in topology.queues:
+            if self._queues.setdefault(queue.name, _Queue(queue)).spec != queue:
+                raise TopologyConflictError(f"queue {queue.name} exists with other arguments")
+        for binding in topology.bindings:
+            self._exchange(binding.exchange)
+            self.queue(binding.queue)
+            self._bindings.add(binding)
+
+    def delete_queue(self, name: str) -> None:
+        for consumer in self._queues.pop(name).consumers:
+            consumer.inbox.put_nowait(None)
+        self._bindings = {binding for binding in self._bindings if binding.queue != name}
+
+    def queue(self, name: str) -> _Queue:
+        if name not in self._queues:
+            raise NotFoundError(f"no queue {name!r}")
+        return self._queues[name]
+
+    def route(self, delivery: Delivery) -> int:
+        """How many queues took it."""
+        exchange = self._exchange(delivery.exchange)
+        targets = {
+            binding.queue
+            for binding in self._bindings
+            if binding.exchange == exchange.name and _matches(exchange, binding.routing_key, delivery.routing_key)
+        }
+        for name in targets:
+            self._store(self._queues[name], _Stored(delivery))
+        return len(targets)
+
+    def wake_followers(self) -> None:
+        for queue in self._queues.values():
+            queue.grown.set()
+
+    def new_name(self, prefix: str) -> str:
+        return f"{prefix}.{next(self._numbers)}"
+
+    def dispatch(self, queue: _Queue) -> None:
+        single = queue.spec.arguments.get("x-single-active-consumer", False)
+        for consumer in queue.consumers[:1] if single else queue.consumers:
+            while queue.ready and len(consumer.unsettled) < consumer.prefetch:
+                stored = queue.ready.popleft()
+                tag = next(consumer.tags)
+                consumer.unsettled[tag] = stored
+                consumer.inbox.put_nowait(replace(stored.delivery, tag=tag, redelivered=stored.returns > 0))
+
+    def give_back(self, queue: _Queue, stored: list[_Stored]) -> None:
+        """Into the queue again at its front, or past the delivery limit to the dead letters."""
+        limit = self._effective(queue.spec.name).get("delivery-limit")
+        for one in reversed(stored):
+            one.returns += 1
+            if queue.spec.kind == "quorum" and isinstance(limit, int) and one.returns > limit:
+                self.dead_letter(queue, one, reason="delivery_limit")
+            else:
+                queue.ready.appendleft(one)
+        self.dispatch(queue)
+
+    def dead_letter(self, queue: _Queue, stored: _Stored, *, reason: str) -> None:
+        exchange = queue.spec.arguments.get("x-dead-letter-exchange")
+        if isinstance(exchange, str):
+            headers = {
+                **stored.delivery.headers,
+                "x-first-death-reason": reason,
+                "x-first-death-queue": queue.spec.name,
+                "x-first-death-exchange": stored.delivery.exchange,
+            }
+            self.route(replace(stored.delivery, exchange=exchange, headers=headers))
+
+    def _store(self, queue: _Queue, stored: _Stored) -> None:
+        if queue.spec.kind == "stream":
+            offset = next(self._offsets)
+            if offset % _MESSAGES_PER_OFFSET_GAP == 0:
+                offset = next(self._offsets)
+            queue.log.append(replace(stored.delivery, offset=offset))
+            self._trim(queue)
+            queue.grown.set()
+        else:
+            queue.ready.append(stored)
+            self.dispatch(queue)
+
+    def _trim(self, queue: _Queue) -> None:
+        keep_bytes = self._effective(queue.spec.name).get("max-length-bytes")
+        if isinstance(keep_bytes, int):
+            held = sum(len(delivery.body) for delivery in queue.log)
+            while held > keep_bytes and len(queue.log) > 1:
+                held -= len(queue.log.pop(0).body)
+
+    def _effective(self, queue: str) -> dict[str, str | int | bool]:
+        matching = [policy for policy in self._policies.values() if re.search(policy.pattern, queue)]
+        return dict(max(matching, key=lambda policy: policy.priority).definition) if matching else {}
+
+    def _exchange(self, name: str) -> Exchange:
+        if name not in self._exchanges:
+            raise NotFoundError(f"no exchange {name!r}")
+        return self._exchanges[name]
+
+
+def _matches(exchange: Exchange, pattern: str, routing_key: str) -> bool:
+    if exchange.kind == "fanout":
+        return True
+    if exchange.kind == "direct":
+        return pattern == routing_key
+    words = [{"*": r"[^.]+", "#": r".*"}.get(word, re.escape(word)) for word in pattern.split(".")]
+    return re.fullmatch(r"\.".join(words).replace(r"\..*", r"(\..*)?"), routing_key) is not None
+
+
+class MemoryTransport:
+    def __init__(self, broker: MemoryBroker, *, user: str, name: str) -> None:
+        self._broker = broker
+        self._user = user
+        self.name = name
+        self._permissions = broker.permissions(user)
+        self._consumers: list[_Consumer] = []
+        self._lost = asyncio.Event()
+
+    @property
+    def user(self) -> str:
+        return self._user
+
+    def cut(self) -> None:
+        """The connection is gone."""
+        self._lost.set()
+        self._broker.wake_followers()
+        for consumer in self._consumers:
+            consumer.inbox.put_nowait(None)
+
+    async def declare(self, topology: Topology) -> None:
+        self._alive()
+        for thing in (*topology.exchanges, *topology.queues):
+            self._allow("configure", self._permissions.configure, thing.name)
+        self._broker.declare(topology)
+
+    async def publish(self, message: Message) -> None:
+        self._alive()
+        self._allow("write", self._permissions.write, message.exchange)
+        if len(message.body) > self._broker.max_message_bytes:
+            raise MessageTooLargeError(
+                f"{len(message.body)} bytes are over the broker's limit of {self._broker.max_message_bytes}"
+            )
+        delivery = Delivery(
+            body=message.body,
+            headers=dict(message.headers),
+            message_id=message.message_id,
+            user_id=self._user,
+            exchange=message.exchange,
+            routing_key=message.routing_key,
+            redelivered=False,
+            tag=0,
+            offset=None,
+        )
+        if not self._broker.route(delivery) and message.mandatory:
+            raise UnroutableError(f"no queue takes messages of {message.exchange!r} with key {message.routing_key!r}")
+        await asyncio.sleep(0)
+
+    @asynccontextmanager
+    async def consume(
+        self, queue: str, *, prefetch: int, name: str, exclusive: bool = False
+    ) -> AsyncIterator["MemorySubscription"]:
+        self._alive()
+        self._allow("read", self._permissions.read, queue)
+        state = self._broker.queue(queue)
+        if any(other.exclusive for other in state.consumers) or (exclusive and state.consumers):
+            raise QueueInUseError(f"queue {queue!r} is held by another consumer alone")
+        consumer = _Consumer(name, prefetch, exclusive)
+        state.consumers.append(consumer)
+        self._consumers.append(consumer)
+        self._broker.dispatch(state)
+        try:
+            yield MemorySubscription(self._broker, state, consumer)
+        finally:
+            self._consumers.remove(consumer)
+            if consumer in state.consumers:
+                state.consumers.remove(consumer)
+                self._broker.give_back(state, list(consumer.unsettled.values()))
+
+    @asynccontextmanager
+    async def follow(self, log: str, *, start: Start, name: str) -> AsyncIterator["MemoryFeed"]:  # noqa: ARG002
+        self._alive()
+        self._allow("read", self._permissions.read, log)
+        state = self._broker.queue(log)
+        yield MemoryFeed(state, self._lost, next_offset=_first_offset(state.log, start))
+
+    @asynccontextmanager
+    async def listen(self, exchange: str, *, routing_key: str = "", name: str) -> AsyncIterator["MemorySubscription"]:
+        self._alive()
+        self._allow("read", self._permissions.read, exchange)
+        queue = Queue(self._broker.new_name(f"listen.{name}"), "classic")
+        self._broker.declare(Topology(queues=(queue,), bindings=(Binding(exchange, queue.name, routing_key),)))
+        try:
+            async with self.consume(queue.name, prefetch=1 << 30, name=name) as subscription:
+                yield subscription
+        finally:
+            self._broker.delete_queue(queue.name)
+
+    def _alive(self) -> None:
+        if self._lost.is_set():
+            raise BrokerUnavailableError("the connection to the in-memory broker is gone")
+
+    def _allow(self, right: str, pattern: str, name: str) -> None:
+        if not re.search(pattern, name):
+            raise AccessRefusedError(f"user {self._user!r} has no {right} right on {name!r}")
+
+
+def _first_offset(log: list[Delivery], start: Start) -> int:
+    if start == "first":
+        return 0
+    if isinstance(start, int):
+        return start
+    last = (log[-1].offset or 0) if log else 0
+    return last if start == "last" else last + 1
+
+
+class MemorySubscription:
+    def __init__(self, broker: MemoryBroker, queue: _Queue, consumer: _Consumer) -> None:
+        self._broker = broker
+        self._queue = queue
+        self._consumer = consumer
+
+    async def receive(self) -> Delivery:
+        return self._checked(await self._consumer.inbox.get())
+
+    def receive_nowait(self) -> Delivery | None:
+        return None if self._consumer.inbox.empty() else self._checked(self._consumer.inbox.get_nowait())
+
+    async def acknowledge(self, tag: int, *, multiple: bool = False) -> None:
+        for settled in [known for known in self._consumer.unsettled if known == tag or (multiple and known < tag)]:
+            del self._consumer.unsettled[settled]
+        self._broker.dispatch(self._queue)
+
+    async def reject(self, tag: int, *, requeue: bool) -> None:
+        stored = self._consumer.unsettled.pop(tag)
+        if requeue:
+            self._broker.give_back(self._queue, [stored])
+        else:
+            self._broker.dead_letter(self._queue, stored, reason="rejected")
+            self._broker.dispatch(self._queue)
+
+    def _checked(self, delivery: Delivery | None) -> Delivery:
+        if delivery is None:
+            self._consumer.inbox.put_nowait(None)
+            raise BrokerUnavailableError("the in-memory broker closed the subscription")
+        return delivery
+
+
+class MemoryFeed:
+    def __init__(self, queue: _Queue, lost: asyncio.Event, *, next_offset: int) -> None:
+        self._queue = queue
+        self._lost = lost
+        self._next_offset = next_offset
+
+    async def receive(self) -> Delivery:
+        while True:
+            if self._lost.is_set():
+                raise BrokerUnavailableError("the connection to the in-memory broker is gone")
+            delivery = self.receive_nowait()
+            if delivery is not None:
+                return delivery
+            self._queue.grown.clear()
+            await self._queue.grown.wait()
+
+    def receive_nowait(self) -> Delivery | None:
+        for delivery in self._queue.log:
+            if delivery.offset is not None and delivery.offset >= self._next_offset:
+                self._next_offset = delivery.offset + 1
+                return delivery
+        return None
