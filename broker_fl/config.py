@@ -1,4 +1,4 @@
-"""Settings: flags over environment over enrolment file over federation.toml over defaults, all frozen, all checked at the start."""
+"""Settings: flags over environment over enrolment file over federation.toml over defaults; frozen, and checked at the start."""
 
 import json
 import os
@@ -307,7 +307,5 @@ def _overlay(below: Values, above: Values) -> dict[str, Any]:
 
 def _without_none(values: Values) -> Values:
     return {
-        key: _without_none(value) if isinstance(value, Mapping) else value
-        for key, value in values.items()
-        if value is not None
+        key: _without_none(value) if isinstance(value, Mapping) else value for key, value in values.items() if value is not None
     }

@@ -50,6 +50,7 @@ __all__ = [
     "StorageInUseError",
     "TopologyConflictError",
     "UnroutableError",
+    "first_of",
     "nearest",
 ]
 
@@ -136,3 +137,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}? " if close else ""
     return f"{hint}(known: {', '.join(names)})"
+
+
+def first_of(error: BaseException) -> BaseException:
+    """What went wrong first in a group of tasks; the error itself where it is no group."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

@@ -111,11 +111,9 @@ class Names:
         return exchange.removeprefix(prefix) if exchange.startswith(prefix) else None
 
 
-def shared(federation: str, *, model_bytes: int) -> Topology:
-    """What all parties share. The log keeps about the last eight broadcasts of `model_bytes` each."""
+def shared(federation: str) -> Topology:
+    """What all parties share."""
     names = Names(federation)
-    prefix = "^" + re.escape(f"fl.{federation}.")
-    segment_bytes = max(model_bytes, MIB)
     return Topology(
         exchanges=(
             Exchange(names.model, "fanout"),
@@ -124,36 +122,31 @@ def shared(federation: str, *, model_bytes: int) -> Topology:
             Exchange(names.quarantine, "fanout"),
         ),
         queues=(
-            Queue(
-                names.updates,
-                "quorum",
-                {"x-single-active-consumer": True, "x-dead-letter-exchange": names.quarantine},
-            ),
+            Queue(names.updates, "quorum", {"x-single-active-consumer": True, "x-dead-letter-exchange": names.quarantine}),
             Queue(names.model_log, "stream"),
             Queue(names.quarantine, "classic"),
         ),
         bindings=(Binding(names.model, names.model_log), Binding(names.quarantine, names.quarantine)),
-        policies=(
-            Policy(f"fl.{federation}.updates", f"{prefix}updates$", "queues", {"delivery-limit": 5}),
-            Policy(
-                f"fl.{federation}.model.log",
-                f"{prefix}model\\.log$",
-                "queues",
-                {"max-length-bytes": 8 * segment_bytes, "stream-max-segment-size-bytes": segment_bytes},
-            ),
-            Policy(
-                f"fl.{federation}.quarantine",
-                f"{prefix}quarantine$",
-                "queues",
-                {"message-ttl": 7 * 24 * 3600 * 1000, "max-length-bytes": 256 * MIB, "overflow": "drop-head"},
-            ),
-            Policy(
-                f"fl.{federation}.inbox",
-                f"{prefix}inbox\\.",
-                "queues",
-                {"message-ttl": 30 * 24 * 3600 * 1000, "max-length": 10_000, "overflow": "drop-head"},
-            ),
+    )
+
+
+def policies(federation: str, *, model_bytes: int) -> tuple[Policy, ...]:
+    """What an operator may change while it runs. The log keeps about the last eight broadcasts of `model_bytes` each."""
+    prefix = "^" + re.escape(f"fl.{federation}.")
+    segment_bytes = max(model_bytes, MIB)
+    day_ms = 24 * 3600 * 1000
+    definitions: dict[str, tuple[str, dict[str, Argument]]] = {
+        "updates": ("updates$", {"delivery-limit": 5}),
+        "model.log": (
+            r"model\.log$",
+            {"max-length-bytes": 8 * segment_bytes, "stream-max-segment-size-bytes": segment_bytes},
         ),
+        "quarantine": ("quarantine$", {"message-ttl": 7 * day_ms, "max-length-bytes": 256 * MIB, "overflow": "drop-head"}),
+        "inbox": (r"inbox\.", {"message-ttl": 30 * day_ms, "max-length": 10_000, "overflow": "drop-head"}),
+    }
+    return tuple(
+        Policy(f"fl.{federation}.{name}", prefix + pattern, "queues", definition)
+        for name, (pattern, definition) in definitions.items()
     )
 
 

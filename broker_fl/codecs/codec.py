@@ -111,6 +111,4 @@ def _positions(spans: tuple[tuple[int, int], ...]) -> Indices:
 
 
 def _small_positions(manifest: Manifest) -> Indices:
-    return _positions(
-        tuple((spec.offset, spec.offset + spec.size) for spec in manifest.tensors if spec.size <= SMALL_TENSOR)
-    )
+    return _positions(tuple((spec.offset, spec.offset + spec.size) for spec in manifest.tensors if spec.size <= SMALL_TENSOR))

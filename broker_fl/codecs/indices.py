@@ -79,16 +79,16 @@ def _best_bits(gaps: Indices) -> int:
     if not gaps.size:
         return 0
     mean = float(gaps.mean())
-    guess = int(math.log2(mean * math.log(2))) if mean > 1.5 else 0  # noqa: PLR2004
+    guess = int(math.log2(mean * math.log(2))) if mean > 1.5 else 0
     candidates = range(max(guess - 1, 0), min(guess + 2, MAX_RICE_BITS) + 1)
     return min(candidates, key=lambda bits: bits * gaps.size + int((gaps >> bits).sum()))
 
 
 def _low_bits(payload: bytes, *, count: int, bits: int) -> NDArray[np.uint32]:
     plane_bytes = (count + 7) // 8
-    low = np.zeros(count, dtype=np.uint8 if bits <= 8 else np.uint32)  # noqa: PLR2004
+    low = np.zeros(count, dtype=np.uint8 if bits <= 8 else np.uint32)
     for bit in range(bits):
         plane = np.frombuffer(payload, np.uint8, count=plane_bytes, offset=_HEADER.size + bit * plane_bytes)
         ones = np.unpackbits(plane, count=count)
-        low |= np.left_shift(ones, bit, dtype=low.dtype)
+        np.bitwise_or(low, np.left_shift(ones, bit, dtype=low.dtype), out=low)
     return low.astype(np.uint32, copy=False)

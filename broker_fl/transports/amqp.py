@@ -6,7 +6,7 @@ sends again what was not confirmed. Publishing and consuming use connections of 
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 
@@ -15,7 +15,6 @@ import aiormq
 import aiormq.exceptions as rmq
 from aio_pika.abc import AbstractChannel, AbstractConnection, AbstractExchange, AbstractIncomingMessage, AbstractQueue
 from aio_pika.exceptions import CONNECTION_EXCEPTIONS
-from pydantic import SecretStr
 
 from broker_fl.config import BrokerSettings
 from broker_fl.errors import (
@@ -67,9 +66,12 @@ async def _connection(settings: BrokerSettings, *, name: str) -> AsyncIterator[A
         raise AuthenticationError(
             f"the broker at {settings.address()} refuses the login of {settings.user()!r}: wrong password, or not enrolled"
         ) from exc
-    except (rmq.ConnectionNotAllowed, rmq.ConnectionClosed) as exc:
-        raise NotFoundError(f"the broker at {settings.address()} does not open this vhost to {settings.user()!r}: {exc}") from exc
     except (*CONNECTION_EXCEPTIONS, TimeoutError) as exc:
+        if "Connection.Close" in str(exc):  # How aiormq 7.2 tells that the broker answered Open with Close.
+            raise NotFoundError(
+                f"the broker at {settings.address()} does not open this vhost to {settings.user()!r}: "
+                "it is missing, the user has no permissions in it, or too many connections"
+            ) from exc
         raise BrokerUnavailableError(
             f"no broker answers at {settings.address()} ({_reason(exc)}): is RabbitMQ running there, "
             "and is [broker] url right? `broker-fl demo --keep` starts one to try"
@@ -287,7 +289,9 @@ class AmqpSubscription:
         self._inbox.put_nowait(BrokerUnavailableError(f"the broker ended the subscription to {self.what}: was it deleted?"))
 
     def _on_close(self, _: object, exc: BaseException | None) -> None:
-        self._inbox.put_nowait(BrokerUnavailableError(f"the subscription to {self.what} was lost: {_reason(exc or BrokerError('closed'))}"))
+        self._inbox.put_nowait(
+            BrokerUnavailableError(f"the subscription to {self.what} was lost: {_reason(exc or BrokerError('closed'))}")
+        )
 
 
 def _delivery(message: AbstractIncomingMessage) -> Delivery:

@@ -241,8 +241,8 @@ class MemoryTransport:
 
     async def declare(self, topology: Topology) -> None:
         self._alive()
-        for thing in (*topology.exchanges, *topology.queues):
-            self._allow("configure", self._permissions.configure, thing.name)
+        for name in [exchange.name for exchange in topology.exchanges] + [queue.name for queue in topology.queues]:
+            self._allow("configure", self._permissions.configure, name)
         self._broker.declare(topology)
 
     async def publish(self, message: Message) -> None:

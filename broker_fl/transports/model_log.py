@@ -1,16 +1,26 @@
-"""Reading the broadcasts: from the log, from its newest frame on, whole or in parts."""
+"""Reading the broadcasts: from the log, from its newest frame on, whole or in parts; and opening them."""
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
+from dataclasses import dataclass
 
 import structlog
 
-from broker_fl.errors import DecodeError
+from broker_fl.codecs.codec import decode, parse_codec
+from broker_fl.errors import DecodeError, ManifestMismatchError
+from broker_fl.parameters import Vector, digest, mismatch
 from broker_fl.transports.parts import Assembler, GapError, part_of
 from broker_fl.transports.transport import Delivery, Feed, Start, Transport
+from schemas import wire
+from schemas.frame import ModelFrame
+from schemas.manifest import Manifest
 
 _OFFSET_GAPS = 16
 """Offsets skip some numbers where segments roll: attach this much before the computed one."""
+
+_BURST_S = 0.02
+"""Frames that come within this time are one burst: only the newest is opened."""
 
 log = structlog.get_logger(__name__)
 
@@ -29,7 +39,7 @@ async def whole_messages(feed: Feed) -> AsyncIterator[bytes]:
             yield body
 
 
-async def follow_frames(transport: Transport, model_log: str, *, name: str) -> AsyncIterator[bytes]:
+async def follow_frames(transport: Transport, model_log: str, *, name: str) -> AsyncGenerator[bytes, None]:
     """Bodies of the frames from the newest on, for ever; the first ones may be older than the newest.
 
     A log attached at `last` may begin inside a frame that came in parts: then it is attached again before the frame's first part,
@@ -52,7 +62,7 @@ async def follow_frames(transport: Transport, model_log: str, *, name: str) -> A
             start = _before(gap, attempts)
 
 
-async def _until_gap(feed: Feed, attempts: dict[str, int]) -> AsyncIterator[bytes | Delivery]:
+async def _until_gap(feed: Feed, attempts: dict[str, int]) -> AsyncGenerator[bytes | Delivery, None]:
     assembler = Assembler()
     while True:
         delivery = await feed.receive()
@@ -76,11 +86,60 @@ def _before(gap: Delivery, attempts: dict[str, int]) -> Start:
     place = part_of(gap.headers)
     if gap.offset is None or place is None:
         return "first"
-    if _REWINDS[tried] is None:
+    distance = _REWINDS[tried]
+    if distance is None:
         log.warning("looking for the beginning of a frame in the whole log", message_id=gap.message_id)
         return "first"
-    return max(0, gap.offset - _REWINDS[tried] * (place.index + _OFFSET_GAPS))
+    return max(0, gap.offset - distance * (place.index + _OFFSET_GAPS))
 
 
 _REWINDS: tuple[int | None, ...] = (1, 4, None)
 """How far to go back, as multiples of the expected distance; None is the beginning of the log."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReceivedModel:
+    """A frame and the model that it decodes to."""
+
+    frame: ModelFrame
+    model: Vector
+
+    def is_newer_than(self, held: "ReceivedModel | None") -> bool:
+        """Numbers count up within a ledger; another ledger starts again."""
+        return held is None or self.frame.ledger != held.frame.ledger or self.frame.number > held.frame.number
+
+
+def open_frame(body: bytes, *, federation: str, manifest: Manifest) -> ReceivedModel:
+    """The model of a frame, for the threads that decode.
+
+    Raises DecodeError unless it is, to the last bit, what the aggregator calls by its digest, and ManifestMismatchError if it is
+    another model than this task's.
+    """
+    frame = wire.decode(ModelFrame, body)
+    if frame.federation != federation:
+        raise DecodeError(f"the frame is of federation {frame.federation!r}, not {federation!r}")
+    if frame.manifest.digest != manifest.digest:
+        difference = mismatch(manifest, frame.manifest)
+        raise ManifestMismatchError(f"the federation trains another model than this task: {difference}; check --task and --model")
+    model = decode(frame.payload, parse_codec(frame.codec), manifest=manifest).dense()
+    if digest(model) != frame.digest:
+        raise DecodeError(f"frame {frame.number} decodes to another model than its digest says")
+    return ReceivedModel(frame, model)
+
+
+class LatestBody:
+    """A place for one frame: who takes it gets the newest of a burst."""
+
+    def __init__(self) -> None:
+        self._body = b""
+        self._filled = asyncio.Event()
+
+    def put(self, body: bytes) -> None:
+        self._body = body
+        self._filled.set()
+
+    async def get(self) -> bytes:
+        await self._filled.wait()
+        await asyncio.sleep(_BURST_S)
+        self._filled.clear()
+        return self._body

@@ -31,7 +31,7 @@ def split(message: Message, *, part_bytes: int, limit_bytes: int) -> Iterator[Me
     sha256 = hashlib.sha256(body).hexdigest()
     parts = -(-len(body) // part_bytes)
     for index in range(parts):
-        place = {PART: index, PARTS: parts, SIZE: len(body), SHA256: sha256}
+        place: dict[str, Header] = {PART: index, PARTS: parts, SIZE: len(body), SHA256: sha256}
         chunk = body[index * part_bytes : (index + 1) * part_bytes]
         yield replace(message, body=chunk, headers={**message.headers, **place})
 

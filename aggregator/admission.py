@@ -1,0 +1,124 @@
+"""Whether an update may be merged. Pure: facts in, a verdict out.
+
+First `examine`, which needs nothing but the message and the federation's constants and may run for many messages at once; then
+`admit`, against the state of the model at the update's turn.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from aggregator.merging.fold import State, Strategy
+from broker_fl.codecs.codec import decode, parse_codec
+from broker_fl.codecs.delta import Delta
+from broker_fl.errors import ConfigurationError, DecodeError
+from broker_fl.topology import Names
+from schemas import wire
+from schemas.ids import Digest
+from schemas.manifest import Manifest
+from schemas.receipt import Reason
+from schemas.update import ModelUpdate
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What this federation takes."""
+
+    names: Names
+    manifest: Manifest
+    max_update_bytes: int
+    max_update_norm: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Sender:
+    """Who sent it, by what the broker checked, and under which id."""
+
+    party: str
+    update_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    reason: Reason
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Examined:
+    """A well-formed update and its decoded delta."""
+
+    update: ModelUpdate
+    delta: Delta
+
+
+def identify(*, exchange: str, user_id: str | None, message_id: str, names: Names) -> Sender | Refused:
+    """The broker's word for who sent it: only a party may write to its exchange, and user_id is checked where it is given."""
+    party = names.party_of(exchange)
+    if party is None:
+        return Refused("identity", f"came through {exchange!r}, which is no party's exchange")
+    if user_id is None:
+        return Refused("identity", "has no user_id property: set it to the login's name, so that the broker can check it")
+    if user_id != party:
+        return Refused("identity", f"came from user {user_id!r} through the exchange of party {party!r}")
+    if re.fullmatch(r"[0-9a-f]{32}", message_id) is None:
+        return Refused("malformed", "the message_id property must be the update id: 32 lower-case hexadecimal digits")
+    return Sender(party, message_id)
+
+
+def examine(body: bytes, sender: Sender, limits: Limits) -> Examined | Refused:
+    """All checks that need no state: size, schema, identity within, federation, manifest, codec, finiteness, norm."""
+    if len(body) > limits.max_update_bytes:
+        return Refused("bounds", f"{len(body)} bytes are over this federation's {limits.max_update_bytes} for an update")
+    try:
+        update = wire.decode(ModelUpdate, body)
+    except DecodeError as exc:
+        return Refused("malformed", str(exc))
+    refused = _misaddressed(update, sender, limits)
+    if refused:
+        return refused
+    try:
+        delta = decode(update.payload, parse_codec(update.codec), manifest=limits.manifest)
+    except (ConfigurationError, DecodeError) as exc:
+        return Refused("codec", str(exc))
+    return _out_of_bounds(delta, limits) or Examined(update, delta)
+
+
+def _misaddressed(update: ModelUpdate, sender: Sender, limits: Limits) -> Refused | None:
+    if update.party != sender.party:
+        return Refused("identity", f"says it is from {update.party!r}, but {sender.party!r} sent it")
+    if update.update_id != sender.update_id:
+        return Refused("malformed", "update_id differs from the message_id property")
+    if update.federation != limits.names.federation:
+        return Refused("federation", f"is for federation {update.federation!r}")
+    if update.manifest_digest != limits.manifest.digest:
+        return Refused("manifest", f"is for the model {update.manifest_digest[:12]}, not {limits.manifest.digest[:12]}")
+    return None
+
+
+def _out_of_bounds(delta: Delta, limits: Limits) -> Refused | None:
+    if not delta.is_finite():
+        return Refused("non_finite", "holds NaN or infinity")
+    if limits.max_update_norm is not None and delta.norm() > limits.max_update_norm:
+        return Refused("bounds", f"its norm {delta.norm():.4g} is over this federation's {limits.max_update_norm:g}")
+    return None
+
+
+def admit(examined: Examined, state: State, *, strategy: Strategy, frame_digests: Mapping[int, Digest]) -> Refused | None:
+    """The checks that depend on when its turn comes; None if it may be merged.
+
+    `frame_digests` holds what was broadcast at each version within the staleness bound.
+    """
+    update = examined.update
+    staleness = state.version - update.base_version
+    if staleness < 0:
+        return Refused("base", f"trained from version {update.base_version}, and the model is at {state.version}")
+    if staleness > strategy.max_staleness:
+        return Refused("too_stale", f"{staleness} versions late, the bound is {strategy.max_staleness}")
+    if frame_digests.get(update.base_version) != update.base_digest:
+        return Refused("base", f"trained from a version {update.base_version} that this ledger never broadcast")
+    if strategy.keeps_bases and update.base_version not in state.bases:
+        return Refused("base", f"version {update.base_version} was broadcast before mixing began")
+    if strategy.one_per_version and state.buffer is not None and update.party in state.buffer.parties:
+        return Refused("repeated", f"there is an update of {update.party!r} for version {update.base_version} already")
+    return None

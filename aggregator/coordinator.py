@@ -1,0 +1,305 @@
+"""The state of the federation and the ledger, kept in step: what is decided here is decided once.
+
+Everything in this room runs in one thread, one call at a time. After an error in the middle of a decision the state in memory is
+not to be trusted: the process ends, and the next start recovers from snapshot and ledger.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import structlog
+
+from aggregator.admission import Examined, Limits, Refused, Sender, admit, examine
+from aggregator.broadcast import BroadcastPlan, is_due, make_frame, received_model
+from aggregator.decisions import Arrival, Goal, PartBody, Verdict, accepted_entry, receipt_for, refused_entry
+from aggregator.ledger import Entry, FrameRow, Ledger, SnapshotRow
+from aggregator.merging.fold import Contribution, State, Strategy, remember_base
+from aggregator.merging.strategies import build_strategy
+from aggregator.recovery import recover
+from aggregator.snapshots import Snapshots
+from aggregator.spool import Spool
+from broker_fl.config import MergingSettings
+from broker_fl.errors import ConfigurationError, ManifestMismatchError
+from broker_fl.parameters import Vector, digest
+from schemas.update import ModelUpdate
+
+log = structlog.get_logger(__name__)
+
+_EXPIRE_EVERY_S = 30.0
+_Decided = dict[tuple[str, str], Entry]
+
+
+class Clock(Protocol):
+    def __call__(self) -> float:
+        """Seconds since 1970."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What a federation's settings come to for its coordinator."""
+
+    limits: Limits
+    merging: MergingSettings
+    plan: BroadcastPlan
+    goal: Goal
+    snapshot_every_versions: int
+    parts_expire_s: float
+
+
+class Coordinator:
+    def __init__(self, ledger: Ledger, snapshots: Snapshots, rules: Rules, *, clock: Clock) -> None:
+        self._ledger = ledger
+        self._snapshots = snapshots
+        self._rules = rules
+        self._plan = rules.plan
+        self._clock = clock
+        self._spool = Spool(ledger, max_update_bytes=rules.limits.max_update_bytes)
+        self._strategy: Strategy = build_strategy(rules.merging)
+        self._state = State(version=0, model=np.empty(0, dtype=np.float32))
+        self._seq = 0
+        self._snapshot_version = 0
+        self._last_frame: FrameRow | None = None
+        self._frame_digests: dict[int, str] = {}
+        self._buffer_since: float | None = None
+        self._expired_at = 0.0
+        self.counts: Counter[str] = Counter()
+
+    def open(self, initial: Vector) -> None:
+        """From the first model, or from where the last run ended. Raises DamagedError, ManifestMismatchError."""
+        facts = self._ledger.facts()
+        if "manifest" not in facts:
+            self._begin(initial)
+        else:
+            self._check_identity(facts)
+            recovered = recover(self._ledger, self._snapshots, self._plan.manifest)
+            self._state, self._seq = recovered.state, recovered.seq
+            self._snapshot_version = recovered.snapshot_version
+            if recovered.merging != self._rules.merging:
+                self._change_strategy(recovered.merging)
+        last = self._ledger.last_frame()
+        self._last_frame = None if last is None else replace(last, body=None)
+        oldest = self._state.version - self._strategy.max_staleness
+        self._frame_digests = {frame.version: frame.digest for frame in self._ledger.frames_from(oldest)}
+        self._buffer_since = self._clock() if self._state.buffer is not None else None
+        self._reopen_if_goal_moved(facts)
+
+    def close(self) -> None:
+        if self._state.version != self._snapshot_version or self._state.buffer is not None:
+            self._snapshot()
+
+    def _begin(self, initial: Vector) -> None:
+        self._state = self._strategy.init(initial.copy())
+        stored = self._snapshots.write(self._state, seq=1)
+        with self._ledger.transaction():
+            self._ledger.set_fact("federation", self._plan.federation)
+            self._ledger.set_fact("manifest", self._plan.manifest.digest)
+            self._append_strategy()
+            self._ledger.add_snapshot(SnapshotRow(self._seq, 0, stored.file, stored.sha256, self._clock()))
+
+    def _append_strategy(self) -> None:
+        self._seq += 1
+        settings = self._rules.merging.model_dump_json().encode()
+        self._ledger.append([Entry(self._seq, "merging", self._clock(), self._state.version, payload=settings)])
+
+    def _change_strategy(self, before: MergingSettings) -> None:
+        """A buffer that the old strategy left is merged by it; then the new one goes on. Replay does the same."""
+        log.info("merging settings changed", version=self._state.version, strategy=self._rules.merging.strategy)
+        with self._ledger.transaction():
+            if self._state.buffer is not None:
+                self._append_flush(build_strategy(before))
+            self._append_strategy()
+        self._state = replace(self._state, bases={})
+        last = self._ledger.last_frame()
+        if last is not None and last.version == self._state.version:
+            base = received_model(self._state.model, last.codec, version=last.version, manifest=self._plan.manifest)
+            self._state = remember_base(self._strategy, self._state, broadcast=base)
+        self._snapshot()
+
+    def _check_identity(self, facts: dict[str, str]) -> None:
+        if facts["federation"] != self._plan.federation:
+            raise ConfigurationError(
+                f"{self._ledger.name} is the ledger of federation {facts['federation']!r}, not {self._plan.federation!r}: "
+                "name another state folder"
+            )
+        if facts["manifest"] != self._plan.manifest.digest:
+            raise ManifestMismatchError(
+                f"{self._ledger.name} holds another model ({facts['manifest'][:12]}) than the task's "
+                f"({self._plan.manifest.digest[:12]}): name the task and model it began with, or another state folder"
+            )
+
+    def _reopen_if_goal_moved(self, facts: dict[str, str]) -> None:
+        moved = facts.get("over") != self._rules.goal.as_text()
+        if self.is_over and moved and not self.goal_reached():
+            log.info("the federation goes on", version=self._state.version)
+            with self._ledger.transaction():
+                self._add_frame(over=False)
+
+    @property
+    def version(self) -> int:
+        return self._state.version
+
+    @property
+    def strategy(self) -> Strategy:
+        return self._strategy
+
+    @property
+    def is_over(self) -> bool:
+        return self._last_frame is not None and self._last_frame.over
+
+    def decide(self, arrivals: Sequence[Arrival]) -> list[Verdict]:
+        """One transaction for all of them, and for the frame that is due afterwards.
+
+        The list is shorter than the arrivals when the federation's last version was reached on the way: the rest is not decided.
+        """
+        verdicts: list[Verdict] = []
+        entries: list[Entry] = []
+        with self._ledger.transaction():
+            keys = [(a.sender.party, a.sender.update_id) for a in arrivals if a.sender is not None]
+            decided = self._ledger.decided(keys)
+            for arrival in arrivals:
+                if self.goal_reached():
+                    break
+                verdict, entry = self._decide_one(arrival, decided)
+                verdicts.append(verdict)
+                if entry is not None:
+                    entries.append(entry)
+                    decided[entry.party or "", entry.update_id or ""] = entry
+            self._ledger.append(entries)
+            self._frame_if_due()
+        self._after_commit()
+        return verdicts
+
+    def tick(self) -> None:
+        """What is due by the clock: a frame, a buffer that has waited long enough, parts that expired."""
+        now = self._clock()
+        if self._buffer_since is not None and now - self._buffer_since >= self._rules.merging.buffer_timeout_s:
+            log.info("buffer merged before it was full", version=self._state.version + 1)
+            with self._ledger.transaction():
+                self._append_flush(self._strategy)
+                self._frame_if_due()
+        elif is_due(self._plan, self._last_frame, version=self._state.version, now=now):
+            with self._ledger.transaction():
+                self._frame_if_due()
+        if now - self._expired_at >= _EXPIRE_EVERY_S:
+            self._expired_at = now
+            self._expire_parts(now)
+        self._after_commit()
+
+    def _expire_parts(self, now: float) -> None:
+        with self._ledger.transaction():
+            expired = self._ledger.expire_parts(before=now - self._rules.parts_expire_s)
+        if expired:
+            log.warning("half-sent updates expired", updates=expired)
+
+    def finish(self) -> None:
+        """The federation is over: the model as it is becomes the last frame."""
+        if self.is_over:
+            return
+        with self._ledger.transaction():
+            if self._state.buffer is not None:
+                self._append_flush(self._strategy)
+            self._add_frame(over=True)
+            self._ledger.set_fact("over", self._rules.goal.as_text())
+        self._after_commit()
+
+    def unpublished(self) -> FrameRow | None:
+        """The newest frame, with its body, if it waits to be published. Older ones that wait are superseded by it."""
+        frame = self._last_frame
+        return None if frame is None or frame.published_at is not None else self.newest()
+
+    def newest(self) -> FrameRow | None:
+        """The newest frame with its body, published or not."""
+        frame = self._last_frame
+        return None if frame is None else replace(frame, body=self._ledger.frame_body(frame.number))
+
+    def published(self, number: int) -> None:
+        now = self._clock()
+        with self._ledger.transaction():
+            self._ledger.mark_published(number, at=now)
+        if self._last_frame is not None and self._last_frame.number == number:
+            self._last_frame = replace(self._last_frame, published_at=now)
+
+    def goal_reached(self, accuracy: float | None = None) -> bool:
+        return self._rules.goal.is_reached(version=self._state.version, accuracy=accuracy)
+
+    def model_digest(self) -> str:
+        return digest(self._state.model)
+
+    def _decide_one(self, arrival: Arrival, decided: _Decided) -> tuple[Verdict, Entry | None]:
+        sender, content, size = arrival.sender, arrival.content, arrival.size
+        if sender is None:
+            self.counts["refused"] += 1
+            return Verdict(refused=content if isinstance(content, Refused) else None, size=size), None
+        known = decided.get((sender.party, sender.update_id))
+        if known is not None:
+            return self._duplicate(known, sender, size), None
+        if isinstance(content, PartBody):
+            whole = self._spool.take(sender, content, now=self._clock())
+            if whole is None:
+                return Verdict(), None
+            size = content.place.size
+            content = examine(whole, sender, self._rules.limits) if isinstance(whole, bytes) else whole
+        if isinstance(content, Refused):
+            return self._refuse(sender, content, size)
+        refused = admit(content, self._state, strategy=self._strategy, frame_digests=self._frame_digests)
+        if refused is not None:
+            return self._refuse(sender, refused, size, update=content.update)
+        return self._merge(content, size)
+
+    def _duplicate(self, known: Entry, sender: Sender, size: int) -> Verdict:
+        """Decided before: the same receipt again, and nothing else. A sender in doubt sends again, so it is no fault."""
+        self._spool.drop(sender)
+        self.counts["duplicate"] += 1
+        receipt = receipt_for(known, federation=self._plan.federation)
+        return Verdict(receipt, is_duplicate=True, codec=known.codec or "", size=size)
+
+    def _refuse(self, sender: Sender, refused: Refused, size: int, *, update: ModelUpdate | None = None) -> tuple[Verdict, Entry]:
+        self.counts["refused"] += 1
+        self._seq += 1
+        entry = refused_entry(self._seq, sender, refused, at=self._clock(), version=self._state.version, size=size, update=update)
+        receipt = receipt_for(entry, federation=self._plan.federation)
+        return Verdict(receipt, refused, codec=entry.codec or "", size=size), entry
+
+    def _merge(self, examined: Examined, size: int) -> tuple[Verdict, Entry]:
+        update = examined.update
+        contribution = Contribution(update.party, examined.delta, update.base_version, update.num_samples)
+        self._state, outcome = self._strategy.apply(self._state, contribution)
+        now = self._clock()
+        self._buffer_since = None if self._state.buffer is None else (self._buffer_since or now)
+        self.counts[outcome.kind] += 1
+        self._seq += 1
+        entry = accepted_entry(self._seq, update, outcome, at=now, version=self._state.version, size=size)
+        return Verdict(receipt_for(entry, federation=self._plan.federation), codec=update.codec, size=size), entry
+
+    def _append_flush(self, strategy: Strategy) -> None:
+        self._state = strategy.flush(self._state)
+        self._buffer_since = None
+        self._seq += 1
+        self._ledger.append([Entry(self._seq, "flush", self._clock(), self._state.version)])
+
+    def _frame_if_due(self) -> None:
+        if not self.is_over and is_due(self._plan, self._last_frame, version=self._state.version, now=self._clock()):
+            self._add_frame(over=False)
+
+    def _add_frame(self, *, over: bool) -> None:
+        number = self._last_frame.number + 1 if self._last_frame else 1
+        frame = make_frame(self._plan, self._state.model, version=self._state.version, number=number, over=over, at=self._clock())
+        self._ledger.add_frame(frame.row)
+        self._last_frame = replace(frame.row, body=None)
+        oldest = self._state.version - self._strategy.max_staleness
+        self._frame_digests = {v: known for v, known in self._frame_digests.items() if v >= oldest}
+        self._frame_digests[self._state.version] = frame.row.digest
+        self._state = remember_base(self._strategy, self._state, broadcast=frame.model)
+
+    def _after_commit(self) -> None:
+        if self._state.version - self._snapshot_version >= self._rules.snapshot_every_versions:
+            self._snapshot()
+
+    def _snapshot(self) -> None:
+        stored = self._snapshots.write(self._state, seq=self._seq)
+        with self._ledger.transaction():
+            self._ledger.add_snapshot(SnapshotRow(self._seq, self._state.version, stored.file, stored.sha256, self._clock()))
+        self._snapshot_version = self._state.version

@@ -1,0 +1,354 @@
+"""The aggregator as a process: receive, examine, decide, answer, acknowledge; and publish what the ledger's outbox holds.
+
+Sessions come and go with the broker's connection; the coordinator lives as long as the process. The loop never computes:
+messages are decoded in a pool of threads, and everything about the ledger and the model runs in one thread of its own.
+"""
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+import structlog
+
+from aggregator.admission import Limits, Refused, examine, identify
+from aggregator.coordinator import Clock, Coordinator
+from aggregator.decisions import Arrival, PartBody, Verdict
+from aggregator.ledger import FrameRow
+from broker_fl.errors import BrokerUnavailableError, DecodeError, PublishTimeoutError, UnroutableError, first_of
+from broker_fl.topology import Names, Topology
+from broker_fl.transports.parts import part_of, split
+from broker_fl.transports.retry import Backoff
+from broker_fl.transports.transport import Connect, Delivery, Header, Message, Subscription, Transport
+from schemas import wire
+from schemas.event import Event, EventKind
+
+log = structlog.get_logger(__name__)
+
+Result = TypeVar("Result")
+
+_UPDATE_EVENTS: dict[str, EventKind] = {
+    "merged": "update.merged",
+    "buffered": "update.buffered",
+    "refused": "update.refused",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How messages are gathered and parted."""
+
+    prefetch: int
+    group_updates: int
+    group_s: float
+    part_bytes: int
+    max_message_bytes: int
+    tick_s: float = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Examination:
+    """Messages in the order of their tags, with what was found in them."""
+
+    deliveries: list[Delivery]
+    arrivals: list[Arrival]
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    deliveries: list[Delivery]
+    verdicts: list[Verdict]
+    """Of the first so many deliveries; the others were not decided."""
+
+
+class Aggregator:
+    """Runs until the federation is over, `seconds` have passed, or `stop` is called."""
+
+    def __init__(
+        self,
+        connect: Connect,
+        coordinator: Coordinator,
+        *,
+        topology: Topology,
+        limits: Limits,
+        pace: Pace,
+        clock: Clock,
+        seconds: float | None = None,
+    ) -> None:
+        self._connect = connect
+        self._coordinator = coordinator
+        self._topology = topology
+        self._limits = limits
+        self._names: Names = limits.names
+        self._pace = pace
+        self._clock = clock
+        self._seconds = seconds
+        self._winding_down = asyncio.Event()
+        self._is_stopped = False
+        self._frame_waits = asyncio.Event()
+        self._ledger_thread = ThreadPoolExecutor(1, thread_name_prefix="ledger")
+        self._decoders = ThreadPoolExecutor(2, thread_name_prefix="decode")
+
+    def stop(self) -> None:
+        """Cleanly: what was decided is answered, now or after the next start; what was not stays in the queue."""
+        self._is_stopped = True
+        self._winding_down.set()
+
+    async def run(self, open_state: Callable[[], None]) -> None:
+        """`open_state` opens the coordinator, in the ledger's thread.
+
+        Raises StorageError, and BrokerError if the broker can't be reached at the start; later losses are mended.
+        """
+        try:
+            await self._in_ledger(open_state)
+            if self._coordinator.goal_reached():
+                await self._finish()
+            async with asyncio.TaskGroup() as group:
+                timer = group.create_task(self._finish_after_seconds())
+                await self._sessions()
+                timer.cancel()
+            await self._in_ledger(self._coordinator.close)
+        finally:
+            self._decoders.shutdown(cancel_futures=True)
+            self._ledger_thread.shutdown(cancel_futures=True)
+
+    async def _sessions(self) -> None:
+        """Until one ends by itself. A federation that is over stays until its last frame is out."""
+        backoff = Backoff()
+        was_up = is_done = False
+        while not (is_done or self._is_stopped):
+            try:
+                async with self._connect(f"aggregator:{self._names.federation}") as transport:
+                    was_up = True
+                    backoff.reset()
+                    await self._session(transport)
+                    is_done = True
+            except* (BrokerUnavailableError, PublishTimeoutError) as lost:
+                if not was_up:
+                    raise
+                log.warning("broker lost, trying again", reason=str(first_of(lost)), wait_s=round(backoff.next_s, 1))
+                await backoff.wait(unless=self._winding_down)
+
+    async def _session(self, transport: Transport) -> None:
+        await transport.declare(self._topology)
+        await self._tell(transport, "aggregator.started", {"over": self._coordinator.is_over})
+        log.info("aggregator is up", federation=self._names.federation, version=self._coordinator.version)
+        # A log that lost its frames, or never had them, gets the newest one again; who has it leaves it out by its number.
+        newest = await self._in_ledger(self._coordinator.newest)
+        if newest is not None:
+            await self._publish_frame(transport, newest)
+        if self._coordinator.is_over:
+            return
+        async with asyncio.TaskGroup() as group:
+            tasks = [
+                group.create_task(self._merge_updates(transport)),
+                group.create_task(self._publish_frames(transport)),
+                group.create_task(self._watch_accuracy(transport)),
+                group.create_task(self._tick()),
+            ]
+            await self._winding_down.wait()
+            for task in tasks:
+                task.cancel()
+        await self._publish_outbox(transport)
+        await self._tell(transport, "aggregator.stopped", {"over": self._coordinator.is_over})
+
+    async def _merge_updates(self, transport: Transport) -> None:
+        """Three stages that work at the same time; each group of messages passes through them in order."""
+        examined: asyncio.Queue[Examination] = asyncio.Queue(maxsize=2)
+        decided: asyncio.Queue[Decision] = asyncio.Queue(maxsize=2)
+        async with (
+            transport.consume(self._names.updates, prefetch=self._pace.prefetch, name="aggregator") as subscription,
+            asyncio.TaskGroup() as group,
+        ):
+            group.create_task(self._examine_groups(subscription, examined))
+            group.create_task(self._decide_groups(examined, decided))
+            group.create_task(self._answer_groups(transport, subscription, decided))
+
+    async def _examine_groups(self, subscription: Subscription, examined: asyncio.Queue[Examination]) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            deliveries = await self._next_group(subscription)
+            arrivals = await asyncio.gather(
+                *(loop.run_in_executor(self._decoders, arrive, delivery, self._limits) for delivery in deliveries)
+            )
+            await examined.put(Examination(deliveries, arrivals))
+
+    async def _next_group(self, subscription: Subscription) -> list[Delivery]:
+        group = [await subscription.receive()]
+        try:
+            async with asyncio.timeout(self._pace.group_s):
+                while len(group) < self._pace.group_updates:
+                    group.append(subscription.receive_nowait() or await subscription.receive())
+        except TimeoutError:
+            return group
+        return group
+
+    async def _decide_groups(self, examined: asyncio.Queue[Examination], decided: asyncio.Queue[Decision]) -> None:
+        while True:
+            group = await examined.get()
+            verdicts = await self._in_ledger(self._coordinator.decide, group.arrivals)
+            self._frame_waits.set()
+            await decided.put(Decision(group.deliveries, verdicts))
+
+    async def _answer_groups(self, transport: Transport, subscription: Subscription, decided: asyncio.Queue[Decision]) -> None:
+        """Receipts and quarantine first, then the acknowledgement: after a crash in between, they are sent again."""
+        while True:
+            group = await decided.get()
+            answered = list(zip(group.deliveries, group.verdicts, strict=False))
+            await asyncio.gather(*(self._answer(transport, delivery, verdict) for delivery, verdict in answered))
+            if answered:
+                await subscription.acknowledge(answered[-1][0].tag, multiple=True)
+            if self._coordinator.goal_reached():
+                await self._finish()
+
+    async def _answer(self, transport: Transport, delivery: Delivery, verdict: Verdict) -> None:
+        if verdict.refused is not None and (not verdict.is_duplicate or delivery.redelivered):
+            await transport.publish(_quarantined(self._names, delivery, verdict.refused))
+        if verdict.receipt is not None:
+            receipt = Message(
+                self._names.receipts,
+                wire.encode(verdict.receipt),
+                routing_key=verdict.receipt.party,
+                message_id=verdict.receipt.update_id,
+                headers={"x-fl-outcome": verdict.receipt.outcome, "x-fl-version": verdict.receipt.version},
+            )
+            try:
+                await transport.publish(receipt)
+            except UnroutableError:
+                log.warning("no inbox for a receipt: was the party removed?", party=verdict.receipt.party)
+        await self._tell_verdict(transport, verdict)
+
+    async def _tell_verdict(self, transport: Transport, verdict: Verdict) -> None:
+        receipt, refused = verdict.receipt, verdict.refused
+        facts: dict[str, int | float | str | bool] = {"bytes": verdict.size, "codec": verdict.codec}
+        if refused is not None:
+            log.warning("update refused", reason=refused.reason, detail=refused.detail, party=receipt.party if receipt else "")
+            facts |= {"reason": refused.reason}
+        if receipt is not None:
+            facts |= {"party": receipt.party, "update_id": receipt.update_id}
+            facts |= {"staleness": receipt.staleness, "weight": receipt.weight}
+        if verdict.is_duplicate:
+            await self._tell(transport, "update.duplicate", facts)
+        elif receipt is not None:
+            await self._tell(transport, _UPDATE_EVENTS[receipt.outcome], facts, version=receipt.version)
+        elif refused is not None:
+            await self._tell(transport, "update.refused", facts)
+
+    async def _publish_frames(self, transport: Transport) -> None:
+        while True:
+            self._frame_waits.clear()
+            await self._publish_outbox(transport)
+            await self._frame_waits.wait()
+
+    async def _publish_outbox(self, transport: Transport) -> None:
+        while (frame := await self._in_ledger(self._coordinator.unpublished)) is not None:
+            await self._publish_frame(transport, frame)
+
+    async def _publish_frame(self, transport: Transport, frame: FrameRow) -> None:
+        message = Message(
+            self._names.model,
+            frame.body or b"",
+            message_id=f"{frame.digest[:16]}-{frame.number}",
+            headers={
+                "x-fl-kind": "keyframe",
+                "x-fl-version": frame.version,
+                "x-fl-number": frame.number,
+                "x-fl-codec": frame.codec,
+                "x-fl-bytes": frame.size,
+                "x-fl-digest": frame.digest,
+                "x-fl-over": frame.over,
+            },
+        )
+        for part in split(message, part_bytes=self._pace.part_bytes, limit_bytes=self._pace.max_message_bytes):
+            await transport.publish(part)
+        await self._in_ledger(self._coordinator.published, frame.number)
+        log.info("model broadcast", version=frame.version, bytes=frame.size, over=frame.over)
+        facts: dict[str, int | float | str | bool] = {
+            "number": frame.number,
+            "bytes": frame.size,
+            "codec": frame.codec,
+            "over": frame.over,
+        }
+        await self._tell(transport, "frame.published", facts, version=frame.version)
+
+    async def _watch_accuracy(self, transport: Transport) -> None:
+        async with transport.listen(self._names.events, routing_key="model.evaluated", name="aggregator-watch") as feed:
+            while True:
+                delivery = await feed.receive()
+                try:
+                    event = wire.decode(Event, delivery.body)
+                except DecodeError as exc:
+                    log.warning("event left out", reason=str(exc), user=delivery.user_id)
+                    continue
+                accuracy = event.facts.get("accuracy")
+                if isinstance(accuracy, float) and self._coordinator.goal_reached(accuracy):
+                    log.info("goal reached", version=event.version, accuracy=round(accuracy, 4))
+                    await self._finish()
+
+    async def _tick(self) -> None:
+        while True:
+            await self._in_ledger(self._coordinator.tick)
+            self._frame_waits.set()
+            await asyncio.sleep(self._pace.tick_s)
+
+    async def _finish(self) -> None:
+        await self._in_ledger(self._coordinator.finish)
+        self._winding_down.set()
+
+    async def _finish_after_seconds(self) -> None:
+        if self._seconds is not None:
+            await asyncio.sleep(self._seconds)
+            await self._finish()
+
+    async def _tell(
+        self,
+        transport: Transport,
+        kind: EventKind,
+        facts: dict[str, int | float | str | bool],
+        *,
+        version: int | None = None,
+    ) -> None:
+        """Events are for whoever listens; nobody has to."""
+        event = Event(
+            kind=kind,
+            federation=self._names.federation,
+            at=self._clock(),
+            version=self._coordinator.version if version is None else version,
+            facts=facts,
+        )
+        await transport.publish(Message(self._names.events, wire.encode(event), routing_key=kind, mandatory=False))
+
+    async def _in_ledger(self, call: Callable[..., Result], *arguments: object) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._ledger_thread, call, *arguments)
+
+
+def arrive(delivery: Delivery, limits: Limits) -> Arrival:
+    """Everything about a message that needs no state; for the threads that decode."""
+    size = len(delivery.body)
+    sender = identify(exchange=delivery.exchange, user_id=delivery.user_id, message_id=delivery.message_id, names=limits.names)
+    if isinstance(sender, Refused):
+        return Arrival(None, sender, size)
+    try:
+        place = part_of(delivery.headers)
+    except DecodeError as exc:
+        return Arrival(sender, Refused("parts", str(exc)), size)
+    if place is not None:
+        return Arrival(sender, PartBody(place, delivery.body), size)
+    try:
+        return Arrival(sender, examine(delivery.body, sender, limits), size)
+    except Exception as exc:
+        # A message that no check foresaw must not stop the aggregator.
+        log.exception("a check failed on an update", party=sender.party, update_id=sender.update_id)
+        return Arrival(sender, Refused("malformed", f"checking it failed: {exc}"), size)
+
+
+def _quarantined(names: Names, delivery: Delivery, refused: Refused) -> Message:
+    headers: dict[str, Header] = {
+        **delivery.headers,
+        "x-fl-reason": refused.reason,
+        "x-fl-detail": refused.detail,
+        "x-fl-exchange": delivery.exchange,
+        "x-fl-user": delivery.user_id or "",
+    }
+    return Message(names.quarantine, delivery.body, message_id=delivery.message_id, headers=headers)

@@ -1,0 +1,104 @@
+"""Whole models as safetensors, at an fsspec URL: a folder, or an object store by name.
+
+The tensors carry the model's own names, so that a snapshot is a model file that any tool opens. What the strategy had gathered
+but not merged rides along under names that no model uses.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import fsspec
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from aggregator.merging.fold import Buffer, State
+from broker_fl.database import storage_errors
+from broker_fl.errors import DamagedError
+from broker_fl.parameters import flatten, unflatten
+from schemas.manifest import Manifest
+
+_BUFFER = "broker_fl.buffer"
+_BASE = "broker_fl.base."
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    file: str
+    sha256: str
+
+
+class Snapshots:
+    """`root` is a folder or an fsspec URL."""
+
+    def __init__(self, root: str, manifest: Manifest) -> None:
+        self._root = root.rstrip("/")
+        self._manifest = manifest
+
+    def write(self, state: State, *, seq: int) -> Stored:
+        """Durable when it returns. Raises StorageFullError, StorageError."""
+        tensors: dict[str, NDArray[np.float32]] = unflatten(state.model, self._manifest)
+        facts = {"version": str(state.version), "seq": str(seq), "format": "pt"}
+        if state.buffer is not None:
+            tensors = {**tensors, _BUFFER: state.buffer.total}
+            facts["buffer"] = json.dumps({"weight": state.buffer.weight.hex(), "parties": state.buffer.parties})
+        bases = {f"{_BASE}{version}": base for version, base in state.bases.items()}
+        tensors = {**tensors, **bases}
+        data = save(tensors, metadata=facts)
+        file = f"model-v{state.version:08d}-s{seq:08d}.safetensors"
+        with storage_errors(f"{self._root}/{file}"):
+            self._write_whole(file, data)
+        return Stored(file, hashlib.sha256(data).hexdigest())
+
+    def read(self, stored: Stored) -> State:
+        """Raises DamagedError naming the file if it is not, to the last bit, what was written."""
+        path = f"{self._root}/{stored.file}"
+        try:
+            with fsspec.open(path, "rb") as source:
+                data: bytes = source.read()
+        except FileNotFoundError as exc:
+            raise DamagedError(f"snapshot {path} is missing: restore it from a backup") from exc
+        if hashlib.sha256(data).hexdigest() != stored.sha256:
+            raise DamagedError(f"snapshot {path} is damaged (its digest differs): restore it from a backup")
+        try:
+            tensors = load(data)
+            facts = _metadata(data)
+        except (SafetensorError, ValueError) as exc:
+            raise DamagedError(f"snapshot {path} is not a safetensors file: {exc}") from exc
+        total = tensors.pop(_BUFFER, None)
+        named = {spec.name: tensors[spec.name] for spec in self._manifest.tensors}
+        return State(
+            version=int(facts["version"]),
+            model=flatten(named, self._manifest),
+            bases={int(name.removeprefix(_BASE)): base for name, base in tensors.items() if name.startswith(_BASE)},
+            buffer=None if total is None else _buffer(total, facts["buffer"]),
+        )
+
+    def _write_whole(self, file: str, data: bytes) -> None:
+        if "://" in self._root:
+            with fsspec.open(f"{self._root}/{file}", "wb") as sink:
+                sink.write(data)
+            return
+        folder = Path(self._root)
+        folder.mkdir(parents=True, exist_ok=True)
+        part = folder / f"{file}.part"
+        with part.open("wb") as sink:
+            sink.write(data)
+            sink.flush()
+            os.fsync(sink.fileno())
+        part.replace(folder / file)
+
+
+def _metadata(data: bytes) -> dict[str, str]:
+    length = int.from_bytes(data[:8], "little")
+    metadata: dict[str, str] = json.loads(data[8 : 8 + length])["__metadata__"]
+    return metadata
+
+
+def _buffer(total: NDArray[np.float32], text: str) -> Buffer:
+    facts = json.loads(text)
+    return Buffer(total, float.fromhex(facts["weight"]), tuple(facts["parties"]))

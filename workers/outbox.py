@@ -1,0 +1,183 @@
+"""A party's own record, in SQLite: updates that are not settled, the residual, sequence numbers, counters.
+
+An update and the residual that it leaves behind are one transaction: after a crash either both are there or neither is.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from sqlalchemy import (
+    Column,
+    Connection,
+    Float,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    delete,
+    func,
+    insert,
+    select,
+    update,
+)
+
+from broker_fl.database import held_alone, open_database, sqlite_url, storage_errors
+from broker_fl.errors import ConfigurationError
+from broker_fl.parameters import Vector
+
+_TABLES = MetaData()
+_FACTS = Table("facts", _TABLES, Column("key", String, primary_key=True), Column("value", String, nullable=False))
+_COUNTERS = Table("counters", _TABLES, Column("name", String, primary_key=True), Column("value", Integer, nullable=False))
+_RESIDUAL = Table(
+    "residual", _TABLES, Column("manifest", String, primary_key=True), Column("vector", LargeBinary, nullable=False)
+)
+_UPDATES = Table(
+    "updates",
+    _TABLES,
+    Column("sequence", Integer, primary_key=True),
+    Column("update_id", String, nullable=False, unique=True),
+    Column("body", LargeBinary, nullable=False),
+    Column("base_version", Integer, nullable=False),
+    Column("codec", String, nullable=False),
+    Column("sent_at", Float),  # when the broker last confirmed it
+)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredUpdate:
+    """The very bytes that are sent, however often, until a receipt settles them."""
+
+    sequence: int
+    update_id: str
+    body: bytes
+    base_version: int
+    codec: str
+    sent_at: float | None = None
+
+
+class Outbox:
+    """Use inside `open_outbox`; one thread at a time."""
+
+    def __init__(self, connection: Connection, name: str) -> None:
+        self._connection = connection
+        self.name = name
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        with storage_errors(self.name), self._connection.begin():
+            yield
+
+    def fact(self, key: str) -> str | None:
+        with self._reading():
+            value: str | None = self._connection.execute(select(_FACTS.c.value).where(_FACTS.c.key == key)).scalar_one_or_none()
+        return value
+
+    def set_fact(self, key: str, value: str) -> None:
+        self._connection.execute(delete(_FACTS).where(_FACTS.c.key == key))
+        self._connection.execute(insert(_FACTS).values(key=key, value=value))
+
+    def count(self, added: Mapping[str, int]) -> None:
+        for name, value in added.items():
+            changed = self._connection.execute(
+                update(_COUNTERS).where(_COUNTERS.c.name == name).values(value=_COUNTERS.c.value + value)
+            )
+            if not changed.rowcount:
+                self._connection.execute(insert(_COUNTERS).values(name=name, value=value))
+
+    def counters(self) -> dict[str, int]:
+        with self._reading():
+            return {row.name: row.value for row in self._connection.execute(select(_COUNTERS))}
+
+    def next_sequence(self) -> int:
+        return int(self.fact("sequence") or 0) + 1
+
+    def residual(self, manifest: str) -> Vector | None:
+        """What earlier updates of this model left out, writable; None if there is none."""
+        with self._reading():
+            stored = self._connection.execute(
+                select(_RESIDUAL.c.vector).where(_RESIDUAL.c.manifest == manifest)
+            ).scalar_one_or_none()
+        return None if stored is None else np.frombuffer(stored, dtype="<f4").astype(np.float32)
+
+    def set_residual(self, manifest: str, vector: Vector) -> None:
+        """Of the one model that the party trains: another model's residual goes."""
+        self._connection.execute(delete(_RESIDUAL))
+        self._connection.execute(insert(_RESIDUAL).values(manifest=manifest, vector=vector.astype("<f4", copy=False).tobytes()))
+
+    def add(self, stored: StoredUpdate) -> None:
+        self.set_fact("sequence", str(stored.sequence))
+        self._connection.execute(
+            insert(_UPDATES).values(
+                sequence=stored.sequence,
+                update_id=stored.update_id,
+                body=stored.body,
+                base_version=stored.base_version,
+                codec=stored.codec,
+            )
+        )
+
+    def to_send(self, *, sent_before: float) -> StoredUpdate | None:
+        """The first one that the broker never confirmed, or confirmed before that time without a receipt since."""
+        due = _UPDATES.c.sent_at.is_(None) | (_UPDATES.c.sent_at < sent_before)
+        with self._reading():
+            row = (
+                self._connection.execute(select(_UPDATES).where(due).order_by(_UPDATES.c.sequence).limit(1))
+                .mappings()
+                .one_or_none()
+            )
+        return StoredUpdate(**row) if row else None
+
+    def mark_sent(self, update_id: str, *, at: float) -> None:
+        self._connection.execute(update(_UPDATES).where(_UPDATES.c.update_id == update_id).values(sent_at=at))
+
+    def unsettled(self, update_id: str) -> StoredUpdate | None:
+        with self._reading():
+            row = self._connection.execute(select(_UPDATES).where(_UPDATES.c.update_id == update_id)).mappings().one_or_none()
+        return StoredUpdate(**row) if row else None
+
+    def unsettled_count(self) -> int:
+        with self._reading():
+            return int(self._connection.execute(select(func.count()).select_from(_UPDATES)).scalar_one())
+
+    def settle(self, update_id: str) -> None:
+        self._connection.execute(delete(_UPDATES).where(_UPDATES.c.update_id == update_id))
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        inside = self._connection.in_transaction()
+        with storage_errors(self.name):
+            yield
+            if not inside:
+                self._connection.rollback()
+
+
+def outbox_file(folder: Path, party: str) -> Path:
+    return folder / f"outbox-{party}.db"
+
+
+@contextmanager
+def open_outbox(folder: Path, *, party: str, federation: str) -> Iterator[Outbox]:
+    """Raises StorageInUseError if another worker on this machine serves the party, DamagedError, ConfigurationError if the folder
+    is another federation's."""
+    file = outbox_file(folder, party)
+    busy = f"another worker on this machine already serves party {party!r} ({file})"
+    with held_alone(folder / f"outbox-{party}.lock", message=busy):
+        engine = open_database(sqlite_url(file), _TABLES)
+        try:
+            with storage_errors(str(file)), engine.connect() as connection:
+                outbox = Outbox(connection, str(file))
+                known = outbox.fact("federation")
+                if known is None:
+                    with outbox.transaction():
+                        outbox.set_fact("federation", federation)
+                elif known != federation:
+                    raise ConfigurationError(
+                        f"{file} belongs to federation {known!r}, not {federation!r}: name another state folder"
+                    )
+                yield outbox
+        finally:
+            engine.dispose()

@@ -1,0 +1,354 @@
+"""A worker as a process: follow the model log, train, put the update into the outbox, send it, learn from receipts.
+
+It can be killed at any moment: what matters is in the outbox. Training goes on while the broker is away.
+"""
+
+import asyncio
+import hashlib
+import threading
+import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol, TypeVar
+
+import numpy as np
+import structlog
+
+from broker_fl.codecs.codec import decode, encode, parse_codec
+from broker_fl.codecs.feedback import compensate, give_back, left_over
+from broker_fl.errors import (
+    BrokerUnavailableError,
+    DecodeError,
+    PublishTimeoutError,
+    QueueInUseError,
+    UnroutableError,
+    first_of,
+)
+from broker_fl.parameters import Vector
+from broker_fl.topology import Names
+from broker_fl.transports.model_log import LatestBody, ReceivedModel, follow_frames, open_frame
+from broker_fl.transports.parts import split
+from broker_fl.transports.retry import Backoff
+from broker_fl.transports.transport import Connect, Message, Subscription, Transport
+from schemas import wire
+from schemas.frame import ModelFrame, TrainingPlan
+from schemas.manifest import Manifest
+from schemas.receipt import Receipt
+from schemas.update import ModelUpdate
+from workers.outbox import Outbox, StoredUpdate
+from workers.participation import is_selected
+from workers.trainer import TrainResult
+
+log = structlog.get_logger(__name__)
+
+Result = TypeVar("Result")
+
+_RESEND_AFTER_S = 120.0
+"""A confirmed update without a receipt is sent again after a while: the aggregator answers what it decided before."""
+
+
+class Train(Protocol):
+    """Local training, bound to the party's task, data and device; runs in a thread."""
+
+    def __call__(self, base: Vector, plan: TrainingPlan, *, seed: int, should_stop: Callable[[], bool]) -> TrainResult | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    federation: str
+    party: str
+    manifest: Manifest
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """How the worker uses its connection."""
+
+    part_bytes: int
+    max_message_bytes: int
+    inbox_grace_s: float
+    """How long to wait for an inbox that another worker holds: a lost connection lets go of it after some heartbeats."""
+
+
+class Worker:
+    """Runs until the federation is over or `stop` is called."""
+
+    def __init__(
+        self,
+        connect: Connect,
+        outbox: Outbox,
+        train: Train,
+        *,
+        identity: Identity,
+        link: Link,
+        throttle: float,
+        clock: Callable[[], float],
+    ) -> None:
+        self._connect = connect
+        self._outbox = outbox
+        self._train = train
+        self._identity = identity
+        self._names = Names(identity.federation)
+        self._link = link
+        self._throttle = throttle
+        self._clock = clock
+        self._newest: ReceivedModel | None = None
+        self._left_out: tuple[str, int] | None = None
+        self._changed = asyncio.Event()
+        self._update_waits = asyncio.Event()
+        self._ended = asyncio.Event()
+        self._stop_training = threading.Event()
+        self._outbox_thread = ThreadPoolExecutor(1, thread_name_prefix="outbox")
+        self._training_thread = ThreadPoolExecutor(1, thread_name_prefix="train")
+
+    def stop(self) -> None:
+        """What is in the outbox stays there; a training that runs is dropped."""
+        self._stop_training.set()
+        self._ended.set()
+
+    async def run(self) -> None:
+        """A broker that is away is waited for.
+
+        Raises AuthenticationError, AccessRefusedError, NotFoundError (not enrolled), QueueInUseError (another worker serves this
+        party), ManifestMismatchError, StorageError.
+        """
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(self._sessions()), group.create_task(self._train_frames())]
+                await self._ended.wait()
+                self._stop_training.set()
+                for task in tasks:
+                    task.cancel()
+        finally:
+            self._stop_training.set()
+            self._training_thread.shutdown(cancel_futures=True)
+            self._outbox_thread.shutdown(cancel_futures=True)
+
+    async def _sessions(self) -> None:
+        backoff = Backoff()
+        held_since: float | None = None
+        while True:
+            try:
+                async with self._connect(f"worker:{self._identity.party}") as transport:
+                    await self._session(transport, backoff)
+            except* (BrokerUnavailableError, PublishTimeoutError, UnroutableError) as lost:
+                held_since = None
+                log.warning("no broker, trying again", reason=str(first_of(lost)), wait_s=round(backoff.next_s, 1))
+            except* QueueInUseError as held:
+                held_since = held_since or self._clock()
+                if self._clock() - held_since > self._link.inbox_grace_s:
+                    raise QueueInUseError(f"another worker already serves party {self._identity.party!r}") from held
+                log.warning("the inbox is held by another worker, or by a lost connection: waiting", party=self._identity.party)
+            await backoff.wait(unless=self._ended)
+
+    async def _session(self, transport: Transport, backoff: Backoff) -> None:
+        """Until the connection is lost. The inbox is held alone, so that two workers can't serve one party."""
+        name = f"worker:{self._identity.party}"
+        inbox = transport.consume(self._names.inbox(self._identity.party), prefetch=16, name=name, exclusive=True)
+        async with inbox as receipts, asyncio.TaskGroup() as group:
+            backoff.reset()
+            log.info("connected", party=self._identity.party, federation=self._identity.federation)
+            bodies = LatestBody()
+            group.create_task(self._read_receipts(receipts))
+            group.create_task(self._follow(transport, bodies))
+            group.create_task(self._take_frames(bodies))
+            group.create_task(self._send_updates(transport))
+
+    async def _follow(self, transport: Transport, latest: LatestBody) -> None:
+        frames = follow_frames(transport, self._names.model_log, name=f"worker:{self._identity.party}")
+        async with aclosing(frames):
+            async for body in frames:
+                latest.put(body)
+                await self._in_outbox(self._count, {"frames_received": 1, "bytes_down": len(body)})
+
+    async def _take_frames(self, latest: LatestBody) -> None:
+        while True:
+            body = await latest.get()
+            try:
+                received = await asyncio.to_thread(
+                    open_frame, body, federation=self._identity.federation, manifest=self._identity.manifest
+                )
+            except DecodeError as exc:
+                log.error("broadcast left out", reason=str(exc))  # noqa: TRY400 - one line says it all
+                continue
+            if received.is_newer_than(self._newest):
+                self._newest = received
+                self._changed.set()
+                log.info("model received", version=received.frame.version, bytes=len(body), over=received.frame.over)
+                if received.frame.over:
+                    log.info("the federation is over", version=received.frame.version)
+                    self.stop()
+
+    async def _read_receipts(self, receipts: Subscription) -> None:
+        while True:
+            delivery = await receipts.receive()
+            try:
+                receipt = wire.decode(Receipt, delivery.body)
+            except DecodeError as exc:
+                log.warning("receipt left out", reason=str(exc))
+            else:
+                await self._in_outbox(self._settle, receipt)
+                self._changed.set()
+            await receipts.acknowledge(delivery.tag)
+
+    def _settle(self, receipt: Receipt) -> None:
+        """In the outbox's thread. What was refused goes back into the residual, in the transaction that forgets the update."""
+        stored = self._outbox.unsettled(receipt.update_id)
+        if stored is None:
+            return
+        facts = {"update": receipt.update_id[:8], "version": receipt.version, "staleness": receipt.staleness}
+        if receipt.outcome == "refused":
+            log.warning("update refused", reason=receipt.reason, detail=receipt.detail, **facts)
+        else:
+            log.info(f"update {receipt.outcome}", weight=round(receipt.weight, 4), **facts)
+        with self._outbox.transaction():
+            if receipt.outcome == "refused":
+                self._return_to_residual(stored)
+            self._outbox.settle(receipt.update_id)
+            self._outbox.count({f"updates_{receipt.outcome}": 1})
+
+    def _return_to_residual(self, stored: StoredUpdate) -> None:
+        manifest = self._identity.manifest
+        update = wire.decode(ModelUpdate, stored.body)
+        if update.manifest_digest != manifest.digest:
+            log.warning("the refused update was another model's: its content is dropped", update=stored.update_id[:8])
+            return
+        refused = decode(update.payload, parse_codec(update.codec), manifest=manifest)
+        residual = self._outbox.residual(manifest.digest)
+        self._outbox.set_residual(
+            manifest.digest, give_back(np.zeros(manifest.size, np.float32) if residual is None else residual, refused)
+        )
+
+    async def _send_updates(self, transport: Transport) -> None:
+        while True:
+            self._update_waits.clear()
+            sent_before = self._clock() - _RESEND_AFTER_S
+            while (
+                stored := await self._in_outbox(lambda before: self._outbox.to_send(sent_before=before), sent_before)
+            ) is not None:
+                await self._send(transport, stored)
+            try:
+                async with asyncio.timeout(_RESEND_AFTER_S):
+                    await self._update_waits.wait()
+            except TimeoutError:
+                continue
+
+    async def _send(self, transport: Transport, stored: StoredUpdate) -> None:
+        message = Message(
+            self._names.up(self._identity.party),
+            stored.body,
+            message_id=stored.update_id,
+            headers={
+                "x-fl-party": self._identity.party,
+                "x-fl-sequence": stored.sequence,
+                "x-fl-base-version": stored.base_version,
+                "x-fl-codec": stored.codec,
+                "x-fl-bytes": len(stored.body),
+            },
+        )
+        for part in split(message, part_bytes=self._link.part_bytes, limit_bytes=self._link.max_message_bytes):
+            await transport.publish(part)
+        await self._in_outbox(self._mark_sent, stored)
+
+    def _mark_sent(self, stored: StoredUpdate) -> None:
+        with self._outbox.transaction():
+            self._outbox.mark_sent(stored.update_id, at=self._clock())
+            self._outbox.count({"updates_sent": 1, "bytes_up": len(stored.body)})
+
+    def _count(self, added: dict[str, int]) -> None:
+        with self._outbox.transaction():
+            self._outbox.count(added)
+
+    async def _train_frames(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            received = await self._next_to_train()
+            frame = received.frame
+            sequence = await self._in_outbox(self._outbox.next_sequence)
+            seed = seed_of(self._identity.party, sequence)
+            began = loop.time()
+            training = partial(self._train, seed=seed, should_stop=self._stop_training.is_set)
+            result = await loop.run_in_executor(self._training_thread, training, received.model, frame.training)
+            if result is None:
+                return
+            await asyncio.sleep((self._throttle - 1) * (loop.time() - began))
+            if not np.isfinite(result.delta).all():
+                log.error("training diverged: nothing is sent, and the next model is waited for", version=frame.version)
+                self._left_out = (frame.ledger, frame.version)
+                await self._in_outbox(self._count, {"trainings_diverged": 1})
+                continue
+            stored = await self._in_outbox(self._keep, received, result, sequence)
+            log.info(
+                "trained",
+                base_version=frame.version,
+                loss=round(result.mean_loss, 4),
+                steps=result.num_steps,
+                seconds=round(loop.time() - began, 2),
+                bytes=len(stored.body),
+            )
+            self._update_waits.set()
+
+    async def _next_to_train(self) -> ReceivedModel:
+        while True:
+            self._changed.clear()
+            received = self._newest
+            if received is not None and await self._in_outbox(self._may_train, received.frame):
+                return received
+            await self._changed.wait()
+
+    def _may_train(self, frame: ModelFrame) -> bool:
+        """Once from each version; where the strategy lets a party repeat, again when the last update is settled."""
+        if frame.over or self._left_out == (frame.ledger, frame.version):
+            return False
+        if not is_selected(
+            federation=frame.federation,
+            party=self._identity.party,
+            version=frame.version,
+            number=frame.number,
+            fraction=frame.fraction,
+        ):
+            return False
+        if self._outbox.fact("trained_from") != f"{frame.ledger}/{frame.version}":
+            return True
+        return frame.repeat and self._outbox.unsettled_count() == 0
+
+    def _keep(self, received: ReceivedModel, result: TrainResult, sequence: int) -> StoredUpdate:
+        """In the outbox's thread: encode, and store update, residual and counters in one transaction."""
+        frame, manifest = received.frame, self._identity.manifest
+        codec = parse_codec(frame.update_codec)
+        update_id = uuid.uuid4().hex
+        target = compensate(result.delta, self._outbox.residual(manifest.digest))
+        payload = encode(target, codec, manifest=manifest, generator=np.random.default_rng(int(update_id, 16)))
+        residual = left_over(target, decode(payload, codec, manifest=manifest))
+        update = ModelUpdate(
+            federation=self._identity.federation,
+            party=self._identity.party,
+            update_id=update_id,
+            sequence=sequence,
+            base_version=frame.version,
+            base_digest=frame.digest,
+            manifest_digest=manifest.digest,
+            codec=codec.name,
+            num_samples=result.num_samples,
+            num_steps=result.num_steps,
+            train_loss=result.mean_loss,
+            payload=payload,
+        )
+        stored = StoredUpdate(sequence, update_id, wire.encode(update), frame.version, codec.name)
+        with self._outbox.transaction():
+            self._outbox.add(stored)
+            self._outbox.set_residual(manifest.digest, residual)
+            self._outbox.set_fact("trained_from", f"{frame.ledger}/{frame.version}")
+            self._outbox.count({"trainings": 1, "steps": result.num_steps})
+        return stored
+
+    async def _in_outbox(self, call: Callable[..., Result], *arguments: object) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._outbox_thread, call, *arguments)
+
+
+def seed_of(party: str, sequence: int) -> int:
+    """Of a local training: the same for the same party and sequence number, below 2**63."""
+    return int.from_bytes(hashlib.sha256(f"{party}/{sequence}".encode()).digest()[:8], "big") >> 1
