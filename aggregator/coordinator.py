@@ -96,6 +96,7 @@ class Coordinator:
         with self._ledger.transaction():
             self._ledger.set_fact("federation", self._plan.federation)
             self._ledger.set_fact("manifest", self._plan.manifest.digest)
+            self._ledger.set_fact("layout", self._plan.manifest.model_dump_json())
             self._append_strategy()
             self._ledger.add_snapshot(SnapshotRow(self._seq, 0, stored.file, stored.sha256, self._clock()))
 

@@ -18,7 +18,6 @@ from sqlalchemy import (
     Integer,
     LargeBinary,
     MetaData,
-    Row,
     String,
     Table,
     UniqueConstraint,
@@ -159,6 +158,18 @@ class PartRow:
     body: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class Total:
+    """One party's updates of one outcome; `size` in bytes."""
+
+    party: str
+    outcome: str
+    updates: int
+    size: int
+    mean_staleness: float
+    max_staleness: int
+
+
 class Ledger:
     """Use inside `open_ledger`."""
 
@@ -281,22 +292,23 @@ class Ledger:
             self.drop_parts(party, update_id)
         return len(stale)
 
-    def totals(self) -> list[Row[tuple[str, str, str, int, int, float, int]]]:
-        """By party and outcome: party, outcome, reason, updates, bytes, mean staleness, largest staleness."""
-        query = select(
-            ENTRIES.c.party,
-            ENTRIES.c.outcome,
-            func.coalesce(ENTRIES.c.reason, ""),
-            func.count(),
-            func.coalesce(func.sum(ENTRIES.c.size), 0),
-            func.coalesce(func.avg(ENTRIES.c.staleness), 0.0),
-            func.coalesce(func.max(ENTRIES.c.staleness), 0),
-        ).where(ENTRIES.c.kind == "update")
-        with self._reading():
-            rows = self._connection.execute(
-                query.group_by(ENTRIES.c.party, ENTRIES.c.outcome, ENTRIES.c.reason).order_by(ENTRIES.c.party)
+    def totals(self) -> list[Total]:
+        """By party and outcome."""
+        query = (
+            select(
+                ENTRIES.c.party,
+                ENTRIES.c.outcome,
+                func.count().label("updates"),
+                func.coalesce(func.sum(ENTRIES.c.size), 0).label("size"),
+                func.coalesce(func.avg(ENTRIES.c.staleness), 0.0).label("mean_staleness"),
+                func.coalesce(func.max(ENTRIES.c.staleness), 0).label("max_staleness"),
             )
-            return list(rows)
+            .where(ENTRIES.c.kind == "update")
+            .group_by(ENTRIES.c.party, ENTRIES.c.outcome)
+            .order_by(ENTRIES.c.party)
+        )
+        with self._reading():
+            return [Total(**row) for row in self._connection.execute(query).mappings()]
 
     def frame_totals(self) -> tuple[int, int]:
         """Frames and bytes broadcast."""

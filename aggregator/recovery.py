@@ -25,7 +25,10 @@ class Recovered:
 
 def recover(ledger: Ledger, snapshots: Snapshots, manifest: Manifest) -> Recovered:
     """From the newest snapshot. Raises DamagedError if the result is not the model that the newest frame was made from."""
-    last = ledger.snapshots()[-1]
+    rows = ledger.snapshots()
+    if not rows:
+        raise DamagedError(f"{ledger.name} has lost its snapshots; restore it from a backup")
+    last = rows[-1]
     state = snapshots.read(Stored(last.file, last.sha256))
     merging = merging_at(ledger, last.seq)
     *_, recovered = replay(ledger, manifest, start=Recovered(state, last.seq, merging, state.version))
@@ -33,6 +36,14 @@ def recover(ledger: Ledger, snapshots: Snapshots, manifest: Manifest) -> Recover
     if frame is not None and frame.version == recovered.state.version:
         expect_digest(ledger, frame.version, expected=frame.model_digest, model=recovered.state.model)
     return recovered
+
+
+def manifest_of_ledger(ledger: Ledger) -> Manifest:
+    """The layout of its model, so that a ledger can be read without the task that it began with."""
+    facts = ledger.facts()
+    if "layout" not in facts:
+        raise DamagedError(f"{ledger.name} holds no federation yet")
+    return Manifest.model_validate_json(facts["layout"])
 
 
 def expect_digest(ledger: Ledger, version: int, *, expected: str, model: Vector) -> None:

@@ -110,8 +110,8 @@ class Aggregator:
                 timer.cancel()
             await self._in_ledger(self._coordinator.close)
         finally:
-            self._decoders.shutdown(cancel_futures=True)
-            self._ledger_thread.shutdown(cancel_futures=True)
+            for executor in (self._decoders, self._ledger_thread):
+                await asyncio.shield(asyncio.to_thread(executor.shutdown, cancel_futures=True))
 
     async def _sessions(self) -> None:
         """Until one ends by itself. A federation that is over stays until its last frame is out."""

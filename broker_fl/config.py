@@ -97,7 +97,7 @@ class MergingSettings(Section):
 
     strategy: Literal["fedasync", "fedbuff", "fedavg"] = "fedasync"
     mode: Literal["delta", "mixing"] = "delta"
-    mixing_rate: Annotated[float, Field(gt=0, le=1)] = 0.4
+    mixing_rate: Annotated[float, Field(gt=0, le=1)] = 0.3
     staleness: Literal["constant", "polynomial", "hinge"] = "polynomial"
     exponent: Annotated[float, Field(ge=0)] = 0.5
     """The a of the polynomial and of the hinge."""

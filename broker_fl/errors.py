@@ -17,6 +17,7 @@ BrokerFLError                      the root (schemas)
 │   ├── MessageTooLargeError       over the broker's limit
 │   ├── ManagementError            the management API says no
 │   └── LocalBrokerError           a private node cannot be started
+├── ProcessError                   a process that we started ended badly
 └── StorageError                   ledger, outbox or snapshots
     ├── StorageFullError           the disk is full
     ├── StorageInUseError          another process works with it
@@ -43,6 +44,7 @@ __all__ = [
     "ManifestMismatchError",
     "MessageTooLargeError",
     "NotFoundError",
+    "ProcessError",
     "PublishTimeoutError",
     "QueueInUseError",
     "StorageError",
@@ -112,6 +114,10 @@ class ManagementError(BrokerError):
 
 
 class LocalBrokerError(BrokerError):
+    pass
+
+
+class ProcessError(BrokerFLError):
     pass
 
 

@@ -41,9 +41,7 @@ def unflatten(vector: Vector, manifest: Manifest) -> dict[str, NDArray[np.float3
     """Views into the vector by name."""
     if vector.shape != (manifest.size,):
         raise ManifestMismatchError(f"a vector of this model has {manifest.size} elements, not {vector.size}")
-    return {
-        spec.name: vector[spec.offset : spec.offset + spec.size].reshape(spec.shape) for spec in manifest.tensors
-    }
+    return {spec.name: vector[spec.offset : spec.offset + spec.size].reshape(spec.shape) for spec in manifest.tensors}
 
 
 def digest(vector: Vector) -> Digest:

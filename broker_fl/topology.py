@@ -55,7 +55,6 @@ class Topology:
     exchanges: tuple[Exchange, ...] = ()
     queues: tuple[Queue, ...] = ()
     bindings: tuple[Binding, ...] = ()
-    policies: tuple[Policy, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -155,6 +155,19 @@ class Outbox:
                 self._connection.rollback()
 
 
+def read_counters(folder: Path, party: str) -> dict[str, int]:
+    """While its worker runs or after; empty if it never did."""
+    file = outbox_file(folder, party)
+    if not file.exists():
+        return {}
+    engine = open_database(sqlite_url(file), _TABLES)
+    try:
+        with engine.connect() as connection:
+            return Outbox(connection, str(file)).counters()
+    finally:
+        engine.dispose()
+
+
 def outbox_file(folder: Path, party: str) -> Path:
     return folder / f"outbox-{party}.db"
 

@@ -124,8 +124,8 @@ class Worker:
                     task.cancel()
         finally:
             self._stop_training.set()
-            self._training_thread.shutdown(cancel_futures=True)
-            self._outbox_thread.shutdown(cancel_futures=True)
+            for executor in (self._training_thread, self._outbox_thread):
+                await asyncio.shield(asyncio.to_thread(executor.shutdown, cancel_futures=True))
 
     async def _sessions(self) -> None:
         backoff = Backoff()
@@ -275,7 +275,7 @@ class Worker:
             if result is None:
                 return
             await asyncio.sleep((self._throttle - 1) * (loop.time() - began))
-            if not np.isfinite(result.delta).all():
+            if not (np.isfinite(result.mean_loss) and np.isfinite(result.delta).all()):
                 log.error("training diverged: nothing is sent, and the next model is waited for", version=frame.version)
                 self._left_out = (frame.ledger, frame.version)
                 await self._in_outbox(self._count, {"trainings_diverged": 1})

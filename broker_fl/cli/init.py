@@ -1,0 +1,85 @@
+"""`broker-fl init`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+TEMPLATE = """\
+# A federation over RabbitMQ. Every key can also be given by the environment (BROKER_FL_SECTION__KEY) and by flags
+# (--set section.key=value), which win over this file. What is commented out shows its default.
+
+[federation]
+name = "federation"                # the prefix of its exchanges and queues: fl.<name>.*
+
+[broker]
+url = "amqp://guest:guest@127.0.0.1:5672/"   # the aggregator's login; parties get their own by `broker-fl party add`
+# management_url = "http://guest:guest@127.0.0.1:15672"   # where the management API is not at port 15672 of the same host
+# max_message_bytes = 16777216     # RabbitMQ's own limit; larger messages travel in parts
+
+[task]
+name = "digits"                    # digits | fashion_mnist | cifar10 | npz | path/to/file.py:TASK | package.module:TASK
+# model = "small_cnn"              # small_cnn | federated_cnn
+# data = "cifar10.npz"             # for the aggregator: held-out data, to evaluate versions on
+
+[training]                         # what each local training does; it rides in every broadcast
+epochs = 5                         # or steps = 50
+batch_size = 32
+optimizer = "sgd"                  # sgd | adam | adamw
+learning_rate = 0.05
+momentum = 0.9
+# weight_decay = 0.0
+# proximal = 0.0                   # FedProx's mu: pulls local training back to the model that it started from
+
+[merging]
+strategy = "fedasync"              # fedasync | fedbuff | fedavg
+# mode = "delta"                   # delta: x += a * delta | mixing: x = (1 - a) * x + a * (base + delta)
+mixing_rate = 0.3                  # of fedasync; with c parties at work, c * mixing_rate should stay near 1
+staleness = "polynomial"           # constant | polynomial (1 + t)^-exponent | hinge
+# exponent = 0.5
+max_staleness = 32                 # in versions; later updates are refused, and their content kept by the party
+# buffer_size = 10                 # of fedbuff and fedavg
+# buffer_timeout_s = 60.0
+# server_learning_rate = 1.0
+
+[codec]
+up = "topk:0.01+int4"              # [topk:DENSITY+] float32 | bfloat16 | int8 | int4
+down = "float32"                   # float32 | bfloat16 | int8
+
+[aggregator]
+state = "broker-fl-state"          # ledger and snapshots
+broadcast_every_merges = 5
+broadcast_every_s = 1.0
+# versions = 1000                  # when the federation is over; without any of these it runs for ever
+# seconds = 3600
+# target_accuracy = 0.95
+# fraction = 1.0                   # the share of parties that train from each broadcast
+# snapshot_every_versions = 200
+
+[worker]
+state = "broker-fl-state"          # the outbox of each party
+# device = "auto"                  # auto | cpu | cuda | mps
+# precision = "float32"            # float32 | bfloat16
+# channels_last = false
+
+# [partition]                      # for trials where all workers hold one data set: each takes --share I/N of it
+# scheme = "iid"                   # iid | dirichlet | shards
+# alpha = 0.5
+"""
+
+
+def command(
+    file: Annotated[Path, typer.Argument(help="Where to write it.")] = Path("federation.toml"),
+) -> None:
+    """Write a commented federation.toml to start from."""
+    from broker_fl.errors import ConfigurationError
+
+    try:
+        with file.open("x", encoding="utf-8") as sink:
+            sink.write(TEMPLATE)
+    except FileExistsError as exc:
+        raise ConfigurationError(f"{file} exists already: move it away first, or name another file") from exc
+    except OSError as exc:
+        raise ConfigurationError(f"{file} cannot be written: {exc}") from exc
+    typer.echo(f"wrote {file}")
+    typer.echo("next: broker-fl party add NAME; broker-fl aggregator; broker-fl worker --enrolment NAME.toml --data PATH")

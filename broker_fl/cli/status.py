@@ -1,0 +1,144 @@
+"""`broker-fl status`."""
+
+import asyncio
+import json
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from broker_fl.cli import options
+
+if TYPE_CHECKING:
+    from broker_fl.config import Settings
+
+
+@dataclass(slots=True)
+class PartyStatus:
+    online: bool = False
+    merged: int = 0
+    buffered: int = 0
+    refused: int = 0
+    bytes_up: int = 0
+    mean_staleness: float = 0.0
+    max_staleness: int = 0
+
+
+@dataclass(slots=True)
+class QueueStatus:
+    name: str
+    kind: str
+    ready: int
+    unacknowledged: int
+    consumers: int
+
+
+@dataclass(slots=True)
+class Status:
+    federation: str
+    broker: str = ""
+    version: int | None = None
+    is_over: bool = False
+    frames: int = 0
+    frame_bytes: int = 0
+    aggregator_online: bool = False
+    parties: dict[str, PartyStatus] = field(default_factory=dict)
+    queues: list[QueueStatus] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    """What could not be asked, and why."""
+
+
+def command(
+    config: options.Config = None,
+    broker: options.Broker = None,
+    state: options.State = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
+    sets: options.Sets = None,
+) -> None:
+    """Show versions, parties, queues, staleness and bytes, from the ledger and the broker's management API."""
+    settings = options.load(config, options.flags_of({"broker.url": broker, "aggregator.state": state}, sets))
+    status = Status(settings.federation.name)
+    _ask_ledger(settings, status)
+    asyncio.run(_ask_broker(settings, status))
+    if as_json:
+        typer.echo(json.dumps(asdict(status)))
+    else:
+        _show(status)
+
+
+def _ask_ledger(settings: "Settings", status: Status) -> None:
+    from aggregator.ledger import open_ledger
+    from broker_fl.database import sqlite_url
+
+    file = settings.aggregator.state / "ledger.db"
+    if not file.exists():
+        status.missing.append(
+            f"versions, bytes and staleness: no ledger at {file} (it is on the aggregator's machine; see --state)"
+        )
+        return
+    with open_ledger(sqlite_url(file)) as ledger:
+        last = ledger.last_frame()
+        status.version = ledger.latest_version()
+        status.is_over = last is not None and last.over
+        status.frames, status.frame_bytes = ledger.frame_totals()
+        for total in ledger.totals():
+            party = status.parties.setdefault(total.party, PartyStatus())
+            party.bytes_up += total.size
+            setattr(party, total.outcome, getattr(party, total.outcome) + total.updates)
+            if total.outcome != "refused":
+                party.mean_staleness, party.max_staleness = total.mean_staleness, total.max_staleness
+
+
+async def _ask_broker(settings: "Settings", status: Status) -> None:
+    from broker_fl.enrolment import list_parties, management_of
+    from broker_fl.errors import BrokerError
+
+    federation = settings.federation.name
+    try:
+        async with management_of(settings.broker) as management:
+            status.broker = f"RabbitMQ {(await management.overview()).rabbitmq_version} at {settings.broker.address()}"
+            for party in await list_parties(management, settings):
+                status.parties.setdefault(party, PartyStatus())
+            for connection in await management.connections():
+                kind, _, name = connection.name.partition(":")
+                if kind == "worker" and name in status.parties:
+                    status.parties[name].online = True
+                status.aggregator_online |= connection.name == f"aggregator:{federation}"
+            for queue in await management.queues(f"fl.{federation}."):
+                status.queues.append(QueueStatus(queue.name, queue.type, queue.ready, queue.unacknowledged, queue.consumers or 0))
+    except BrokerError as exc:
+        status.missing.append(f"queues and who is online: {exc}")
+
+
+def _show(status: Status) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    version = "unknown" if status.version is None else str(status.version)
+    aggregator = "online" if status.aggregator_online else "offline"
+    over = ", over" if status.is_over else ""
+    console.print(f"[bold]{status.federation}[/bold] on {status.broker or 'an unreachable broker'}")
+    console.print(f"version {version}{over}; aggregator {aggregator}; {status.frames} broadcasts, {status.frame_bytes:,} bytes")
+    parties = Table("party", "online", title="Parties")
+    for column in ("merged", "buffered", "refused", "bytes up", "staleness, mean", "staleness, max"):
+        parties.add_column(column, justify="right")
+    for name, party in sorted(status.parties.items()):
+        figures = (
+            party.merged,
+            party.buffered,
+            party.refused,
+            f"{party.bytes_up:,}",
+            f"{party.mean_staleness:.1f}",
+            party.max_staleness,
+        )
+        parties.add_row(name, "yes" if party.online else "no", *(str(figure) for figure in figures))
+    console.print(parties)
+    queues = Table("queue", "type", title="Queues")
+    for column in ("ready", "unacknowledged", "consumers"):
+        queues.add_column(column, justify="right")
+    for queue in status.queues:
+        queues.add_row(queue.name, queue.kind, str(queue.ready), str(queue.unacknowledged), str(queue.consumers))
+    console.print(queues)
+    for line in status.missing:
+        console.print(f"missing: {line}", style="yellow", markup=False)

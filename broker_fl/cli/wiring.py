@@ -1,0 +1,224 @@
+"""Puts the rooms together: services made from settings, with whatever broker they are given."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from aggregator.admission import Limits
+from aggregator.broadcast import BroadcastPlan
+from aggregator.coordinator import Coordinator, Rules
+from aggregator.decisions import Goal
+from aggregator.evaluator import Evaluator, Score
+from aggregator.ledger import open_ledger
+from aggregator.merging.strategies import build_strategy
+from aggregator.service import Aggregator, Pace
+from aggregator.snapshots import Snapshots
+from broker_fl.codecs.codec import parse_codec
+from broker_fl.config import Settings
+from broker_fl.database import held_alone, sqlite_url
+from broker_fl.errors import ConfigurationError
+from broker_fl.parameters import Vector
+from broker_fl.tasks.device import choose_device
+from broker_fl.tasks.evaluation import evaluate
+from broker_fl.tasks.module import initial, load_vector
+from broker_fl.tasks.partition import split
+from broker_fl.tasks.registry import load_task
+from broker_fl.tasks.task import Examples, Task
+from broker_fl.topology import Names, shared
+from broker_fl.transports.transport import Connect
+from schemas.frame import TrainingPlan
+from schemas.manifest import Manifest
+from workers.outbox import open_outbox
+from workers.service import Identity, Link, Worker
+from workers.trainer import TrainResult, train
+
+_PREFETCHED_BYTES = 512 << 20
+_LEAST_PREFETCH = 8
+_HEARTBEATS_UNTIL_LOST = 3
+
+
+def task_of(settings: Settings) -> Task:
+    task = settings.task
+    return load_task(task.name, model=task.model, classes=task.classes, image_shape=task.image_shape)
+
+
+def ledger_file(settings: Settings) -> Path:
+    return settings.aggregator.state / "ledger.db"
+
+
+def snapshots_of(settings: Settings, manifest: Manifest) -> Snapshots:
+    return Snapshots(settings.aggregator.snapshots or str(settings.aggregator.state / "snapshots"), manifest)
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltAggregator:
+    service: Aggregator
+    open_state: Callable[[], None]
+    coordinator: Coordinator
+    manifest: Manifest
+
+
+@contextmanager
+def built_aggregator(settings: Settings, connect: Connect) -> Iterator[BuiltAggregator]:
+    """Holds the ledger alone while inside. Raises ConfigurationError, DataError, StorageError."""
+    up, down = parse_codec(settings.codec.up), parse_codec(settings.codec.down)
+    task = task_of(settings)
+    _, manifest, model = initial(task, settings.task.data, settings.task.seed)
+    limits = _limits(settings, manifest)
+    state = settings.aggregator.state
+    with ExitStack() as stack:
+        busy = f"another aggregator works with {state}: end it first, or name another --state folder"
+        stack.enter_context(held_alone(state / "aggregator.lock", message=busy))
+        ledger = stack.enter_context(open_ledger(sqlite_url(ledger_file(settings))))
+        plan = _plan(settings, manifest, ledger_id=ledger.facts()["ledger_id"], up=up.name, down=down.name)
+        rules = Rules(
+            limits=limits,
+            merging=settings.merging,
+            plan=plan,
+            goal=Goal(settings.aggregator.versions, settings.aggregator.target_accuracy),
+            snapshot_every_versions=settings.aggregator.snapshot_every_versions,
+            parts_expire_s=settings.aggregator.parts_expire_s,
+        )
+        coordinator = Coordinator(ledger, snapshots_of(settings, manifest), rules, clock=time.time)
+        service = Aggregator(
+            connect,
+            coordinator,
+            topology=shared(settings.federation.name),
+            limits=limits,
+            pace=_pace(settings, limits),
+            clock=time.time,
+            seconds=settings.aggregator.seconds,
+        )
+        yield BuiltAggregator(service, partial(coordinator.open, model), coordinator, manifest)
+
+
+def _limits(settings: Settings, manifest: Manifest) -> Limits:
+    dense_bytes = 4 * manifest.size + (64 << 10)
+    return Limits(
+        names=Names(settings.federation.name),
+        manifest=manifest,
+        max_update_bytes=settings.aggregator.max_update_bytes or dense_bytes,
+        max_update_norm=settings.aggregator.max_update_norm,
+    )
+
+
+def _plan(settings: Settings, manifest: Manifest, *, ledger_id: str, up: str, down: str) -> BroadcastPlan:
+    strategy = build_strategy(settings.merging)
+    return BroadcastPlan(
+        federation=settings.federation.name,
+        ledger_id=ledger_id,
+        manifest=manifest,
+        codec=down,
+        update_codec=up,
+        training=settings.training.plan(),
+        fraction=settings.aggregator.fraction,
+        repeat=strategy.may_repeat,
+        every_versions=1 if strategy.one_per_version else settings.aggregator.broadcast_every_merges,
+        every_s=settings.aggregator.broadcast_every_s,
+    )
+
+
+def _pace(settings: Settings, limits: Limits) -> Pace:
+    """RabbitMQ counts messages, not bytes: the prefetch keeps what the largest updates would take within bounds."""
+    within_memory = max(_LEAST_PREFETCH, _PREFETCHED_BYTES // limits.max_update_bytes)
+    return Pace(
+        prefetch=min(settings.aggregator.prefetch, within_memory),
+        group_updates=settings.aggregator.group_updates,
+        group_s=settings.aggregator.group_ms / 1000,
+        part_bytes=settings.broker.part_bytes,
+        max_message_bytes=settings.broker.max_message_bytes,
+    )
+
+
+@contextmanager
+def built_worker(settings: Settings, connect: Connect) -> Iterator[Worker]:
+    """Holds the outbox alone while inside. Raises ConfigurationError, DataError, StorageError."""
+    party = settings.worker.party
+    if party is None:
+        raise ConfigurationError("which party? name it by --party NAME or --enrolment NAME.toml")
+    task = task_of(settings)
+    examples = share_of(settings, task.train_examples(settings.task.data))
+    module, manifest, _ = initial(task, settings.task.data, settings.task.seed)
+    device = choose_device(settings.worker.device)
+
+    def train_here(base: Vector, plan: TrainingPlan, *, seed: int, should_stop: Callable[[], bool]) -> TrainResult | None:
+        return train(
+            task,
+            module,
+            examples,
+            base=base,
+            manifest=manifest,
+            plan=plan,
+            device=device,
+            precision=settings.worker.precision,
+            channels_last=settings.worker.channels_last,
+            seed=seed,
+            should_stop=should_stop,
+        )
+
+    link = Link(
+        part_bytes=settings.broker.part_bytes,
+        max_message_bytes=settings.broker.max_message_bytes,
+        inbox_grace_s=_HEARTBEATS_UNTIL_LOST * settings.broker.heartbeat_s,
+    )
+    with open_outbox(settings.worker.state, party=party, federation=settings.federation.name) as outbox:
+        yield Worker(
+            connect,
+            outbox,
+            train_here,
+            identity=Identity(settings.federation.name, party, manifest),
+            link=link,
+            throttle=settings.worker.throttle,
+            clock=time.time,
+        )
+
+
+def share_of(settings: Settings, examples: Examples) -> Examples:
+    """This worker's part where one data set is dealt out; all of it where each party has its own."""
+    partition, share = settings.partition, settings.worker.share
+    if partition.scheme == "none":
+        if share is not None:
+            raise ConfigurationError(
+                f"--share {share} says which part to take, but not how to part: --set partition.scheme=iid (or dirichlet, shards)"
+            )
+        return examples
+    if share is None:
+        raise ConfigurationError(
+            f"[partition] scheme = {partition.scheme!r} deals one data set out: say which part by --share I/N"
+        )
+    index, parties = (int(number) for number in share.split("/"))
+    parts = split(
+        examples.targets.numpy(),
+        parties=parties,
+        scheme=partition.scheme,
+        seed=partition.seed,
+        alpha=partition.alpha,
+        shards_per_party=partition.shards_per_party,
+        sizes=partition.sizes,
+    )
+    return examples.take(torch.from_numpy(parts[index - 1]))
+
+
+def built_evaluator(settings: Settings, connect: Connect) -> Evaluator:
+    """Raises ConfigurationError, DataError."""
+    task = task_of(settings)
+    examples = task.test_examples(settings.task.data)
+    module, manifest, _ = initial(task, settings.task.data, settings.task.seed)
+    device = choose_device(settings.evaluation.device)
+
+    def evaluate_here(model: Vector) -> Score:
+        load_vector(module, model, manifest)
+        found = evaluate(task, module, examples, device=device, batch_size=settings.evaluation.batch_size)
+        return Score(found.accuracy, found.loss, found.count)
+
+    return Evaluator(connect, evaluate_here, federation=settings.federation.name, manifest=manifest, clock=time.time)
+
+
+def use_threads(settings: Settings) -> None:
+    if settings.worker.threads is not None:
+        torch.set_num_threads(settings.worker.threads)

@@ -1,0 +1,47 @@
+"""One private RabbitMQ node for all tests of a session, and a vhost of its own for each test that asks for one."""
+
+import asyncio
+import os
+import secrets
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+
+import pytest
+
+from broker_fl.management import Management
+from broker_fl.transports.local_rabbitmq import LocalRabbitMQ, find_rabbitmq, local_rabbitmq
+
+
+@dataclass(frozen=True, slots=True)
+class Vhost:
+    name: str
+    url: str
+    management_url: str
+    management: Management
+    """As the node's administrator, seeing this vhost."""
+
+
+@pytest.fixture(scope="session")
+def rabbitmq() -> Iterator[LocalRabbitMQ]:
+    if find_rabbitmq() is None:
+        absent = pytest.fail if os.environ.get("CI") else pytest.skip
+        absent("RabbitMQ is not installed: apt install rabbitmq-server, or brew install rabbitmq")
+    # The node belongs to no loop, so one that is at hand for its start and end is enough, and every test has its own.
+    with asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner:
+        opened = local_rabbitmq(max_message_size_bytes=16 << 20, stop_timeout_s=0)
+        node = runner.run(opened.__aenter__())
+        try:
+            yield node
+        finally:
+            runner.run(opened.__aexit__(None, None, None))
+
+
+@pytest.fixture
+async def vhost(rabbitmq: LocalRabbitMQ) -> AsyncIterator[Vhost]:
+    name = f"test-{secrets.token_hex(4)}"
+    async with Management(rabbitmq.management_url, vhost=name) as management:
+        await management.put_vhost()
+        try:
+            yield Vhost(name, f"{rabbitmq.url}{name}", rabbitmq.management_url, management)
+        finally:
+            await management.delete_vhost()
