@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from sqlalchemy import (
     BigInteger,
@@ -29,7 +30,8 @@ from sqlalchemy import (
     update,
 )
 
-from broker_fl.database import display_name, open_database, storage_errors
+from broker_fl.database import display_name, open_database, open_for_reading, storage_errors
+from broker_fl.errors import ConfigurationError
 
 _TABLES = MetaData()
 _Counter = BigInteger().with_variant(Integer, "sqlite")
@@ -329,6 +331,19 @@ class Ledger:
             yield
             if not inside:
                 self._connection.rollback()
+
+
+@contextmanager
+def open_ledger_for_reading(file: Path) -> Iterator[Ledger]:
+    """An SQLite ledger, while its aggregator works or after. Raises ConfigurationError where there is none."""
+    if not file.exists():
+        raise ConfigurationError(f"there is no ledger at {file}: name the aggregator's folder by --state")
+    engine = open_for_reading(file)
+    try:
+        with storage_errors(str(file)), engine.connect() as connection:
+            yield Ledger(connection, str(file))
+    finally:
+        engine.dispose()
 
 
 @contextmanager

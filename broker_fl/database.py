@@ -23,12 +23,18 @@ def sqlite_url(file: Path) -> str:
 
 def open_database(url: str, tables: MetaData) -> Engine:
     """An engine with one connection, the tables made where they are missing. SQLite: write-ahead log, fsync at every commit."""
-    engine = create_engine(url, poolclass=StaticPool) if make_url(url).get_backend_name() != "sqlite" else _sqlite(url)
+    is_sqlite = make_url(url).get_backend_name() == "sqlite"
+    engine = _sqlite(url) if is_sqlite else create_engine(url, poolclass=StaticPool)
     with storage_errors(display_name(url)):
         tables.create_all(engine)
-        if engine.dialect.name == "sqlite":
+        if is_sqlite:
             _check_sqlite(engine, url)
     return engine
+
+
+def open_for_reading(file: Path) -> Engine:
+    """An SQLite file that another process may be writing; its tables may not be there yet."""
+    return create_engine(f"sqlite:///file:{file}?mode=ro&uri=true", poolclass=StaticPool)
 
 
 def display_name(url: str) -> str:

@@ -43,9 +43,7 @@ def decode(kind: type[AnyMessage], body: bytes) -> AnyMessage:
             max_ext_len=0,
         )
     except (ValueError, msgpack.UnpackException, UnicodeDecodeError, RecursionError) as exc:
-        raise DecodeError(
-            f"a {kind.__name__} must be one msgpack map; got {len(body)} bytes that are not: {exc}"
-        ) from exc
+        raise DecodeError(f"a {kind.__name__} must be one msgpack map; got {len(body)} bytes that are not: {exc}") from exc
     try:
         return kind.model_validate(fields)
     except ValidationError as exc:

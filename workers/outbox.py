@@ -21,11 +21,12 @@ from sqlalchemy import (
     delete,
     func,
     insert,
+    inspect,
     select,
     update,
 )
 
-from broker_fl.database import held_alone, open_database, sqlite_url, storage_errors
+from broker_fl.database import held_alone, open_database, open_for_reading, sqlite_url, storage_errors
 from broker_fl.errors import ConfigurationError
 from broker_fl.parameters import Vector
 
@@ -160,10 +161,11 @@ def read_counters(folder: Path, party: str) -> dict[str, int]:
     file = outbox_file(folder, party)
     if not file.exists():
         return {}
-    engine = open_database(sqlite_url(file), _TABLES)
+    engine = open_for_reading(file)
     try:
-        with engine.connect() as connection:
-            return Outbox(connection, str(file)).counters()
+        with storage_errors(str(file)), engine.connect() as connection:
+            is_there = inspect(connection).has_table(_COUNTERS.name)
+            return Outbox(connection, str(file)).counters() if is_there else {}
     finally:
         engine.dispose()
 

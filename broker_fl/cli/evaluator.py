@@ -8,8 +8,6 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import typer
-
 from broker_fl.cli import options
 from broker_fl.cli.logs import LogFormat, LogLevel, configure_logs
 

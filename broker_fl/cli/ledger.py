@@ -25,17 +25,13 @@ def verify(config: options.Config = None, state: options.State = None, sets: opt
 
 
 def _verify(settings: "Settings") -> None:
-    from aggregator.ledger import open_ledger
+    from aggregator.ledger import open_ledger_for_reading
     from aggregator.recovery import manifest_of_ledger
     from aggregator.verification import verify
     from broker_fl.cli.wiring import ledger_file, snapshots_of
-    from broker_fl.database import sqlite_url
-    from broker_fl.errors import ConfigurationError
 
     file = ledger_file(settings)
-    if not file.exists():
-        raise ConfigurationError(f"there is no ledger at {file}: name the aggregator's folder by --state")
-    with open_ledger(sqlite_url(file)) as ledger:
+    with open_ledger_for_reading(file) as ledger:
         found = verify(ledger, snapshots_of(settings, manifest_of_ledger(ledger)))
     typer.echo(
         f"{file}: {found.entries} entries ({found.merged} merged, {found.buffered} buffered, {found.refused} refused), "

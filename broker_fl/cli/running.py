@@ -19,7 +19,7 @@ def run(main: Coroutine[Any, Any, Result]) -> Result:
 
 
 async def serve(service: Awaitable[None], stop: Callable[[], None], *, until_stdin_closes: bool) -> None:
-    """Runs a service that SIGTERM and SIGINT stop cleanly, and the end of the process that started it, where that is asked for."""
+    """Runs a service that SIGTERM and SIGINT stop cleanly, and where asked for the end of its parent."""
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)

@@ -67,8 +67,7 @@ def command(
 
 
 def _ask_ledger(settings: "Settings", status: Status) -> None:
-    from aggregator.ledger import open_ledger
-    from broker_fl.database import sqlite_url
+    from aggregator.ledger import open_ledger_for_reading
 
     file = settings.aggregator.state / "ledger.db"
     if not file.exists():
@@ -76,7 +75,7 @@ def _ask_ledger(settings: "Settings", status: Status) -> None:
             f"versions, bytes and staleness: no ledger at {file} (it is on the aggregator's machine; see --state)"
         )
         return
-    with open_ledger(sqlite_url(file)) as ledger:
+    with open_ledger_for_reading(file) as ledger:
         last = ledger.last_frame()
         status.version = ledger.latest_version()
         status.is_over = last is not None and last.over

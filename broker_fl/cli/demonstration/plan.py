@@ -1,0 +1,81 @@
+"""What a demo is asked to show, and the settings that follow from it."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from broker_fl.cli.options import Flags
+
+DIGITS_EPOCHS = 5
+VERSIONS_PER_PARTY = 30
+SLOW_THROTTLE = 4.0
+
+
+@dataclass(frozen=True, slots=True)
+class Demo:
+    parties: int
+    versions: int | None
+    seconds: float | None
+    steady: bool
+    keep: bool
+    scheme: str
+    """How the data is dealt out: iid, dirichlet or shards."""
+    folder: Path
+    flags: Flags
+    """The settings that the user gave."""
+    prefix: str = ""
+    """Of the parties' names, on a broker that others use too."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        width = len(str(self.parties))
+        return tuple(f"{self.prefix}party-{number:0{width}d}" for number in range(1, self.parties + 1))
+
+    @property
+    def late(self) -> str | None:
+        """Comes when the others are well under way."""
+        return None if self.steady or self.parties < 2 else self.names[-1]
+
+    @property
+    def killed(self) -> str | None:
+        """Is killed in the middle, and comes back."""
+        return None if self.steady or self.parties < 3 else self.names[1]
+
+    @property
+    def slow(self) -> str | None:
+        return None if self.steady or self.parties < 4 else self.names[2]
+
+    @property
+    def goal_versions(self) -> int | None:
+        """Unless a time was given, there is one."""
+        if self.versions is None and self.seconds is None:
+            return VERSIONS_PER_PARTY * self.parties
+        return self.versions
+
+    def settings(self, *, federation: str) -> Flags:
+        """For all of its processes; what the user set wins."""
+        threads = max(1, (os.cpu_count() or 1) // self.parties)
+        flags: Flags = {
+            "federation": {"name": federation},
+            "partition": {"scheme": self.scheme},
+            "aggregator": {"state": str(self.folder / "aggregator"), "versions": self.goal_versions, "seconds": self.seconds},
+            "worker": {"state": str(self.folder / "workers"), "threads": threads},
+        }
+        if self.flags.get("task", {}).get("name", "digits") == "digits":
+            flags["training"] = {"epochs": DIGITS_EPOCHS}
+        for section, keys in self.flags.items():
+            flags.setdefault(section, {}).update(keys)
+        return flags
+
+    def of_party(self, name: str) -> Flags:
+        share = f"{self.names.index(name) + 1}/{self.parties}"
+        return {"worker": {"party": name, "share": share, "throttle": SLOW_THROTTLE if name == self.slow else 1.0}}
+
+
+def merged(*layers: Flags) -> Flags:
+    """Later layers win."""
+    result: Flags = {}
+    for layer in layers:
+        for section, keys in layer.items():
+            result.setdefault(section, {}).update({key: value for key, value in keys.items() if value is not None})
+    return result

@@ -1,0 +1,58 @@
+"""What a demo came to, from the ledger and the parties' own counters."""
+
+from dataclasses import dataclass
+
+from aggregator.ledger import open_ledger_for_reading
+from aggregator.recovery import manifest_of_ledger
+from broker_fl.cli.demonstration.figures import Figures
+from broker_fl.config import Settings
+from workers.outbox import read_counters
+
+_FLOAT32_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What `--json` writes. Bytes are of message bodies, counted by the parties: sent again counts again."""
+
+    task: str
+    broker: str
+    parties: int
+    parameters: int
+    versions: int
+    updates_merged: int
+    updates_refused: int
+    duplicates: int
+    accuracy: float | None
+    bytes_up: int
+    bytes_down: int
+    bytes_up_dense_float32: int
+    """What the same updates would have taken as dense float32."""
+    max_staleness_seen: int
+    seconds: float
+
+
+def summarise(settings: Settings, figures: Figures, *, broker: str) -> Summary:
+    with open_ledger_for_reading(settings.aggregator.state / "ledger.db") as ledger:
+        parameters = manifest_of_ledger(ledger).size
+        versions = ledger.latest_version()
+        totals = ledger.totals()
+    accepted = [total for total in totals if total.outcome != "refused"]
+    counters = [read_counters(settings.worker.state, party) for party in figures.parties]
+    sent = sum(counter.get("updates_sent", 0) for counter in counters)
+    return Summary(
+        task=settings.task.name,
+        broker=broker,
+        parties=len(figures.parties),
+        parameters=parameters,
+        versions=versions,
+        updates_merged=sum(total.updates for total in accepted),
+        updates_refused=sum(total.updates for total in totals if total.outcome == "refused"),
+        duplicates=figures.duplicates,
+        accuracy=figures.accuracy,
+        bytes_up=sum(counter.get("bytes_up", 0) for counter in counters),
+        bytes_down=sum(counter.get("bytes_down", 0) for counter in counters),
+        bytes_up_dense_float32=sent * parameters * _FLOAT32_BYTES,
+        max_staleness_seen=max((total.max_staleness for total in accepted), default=0),
+        seconds=round(figures.seconds, 2),
+    )

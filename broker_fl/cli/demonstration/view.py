@@ -1,0 +1,119 @@
+"""What a demo shows while it runs and at its end."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from broker_fl.cli.demonstration.figures import Figures
+from broker_fl.cli.demonstration.summary import Summary
+
+_LINE_EVERY_S = 2.0
+_REDRAW_S = 0.25
+
+
+class News:
+    """Live tables on a terminal; lines, now and then, anywhere else."""
+
+    def __init__(self, console: Console, *, goal_versions: int | None) -> None:
+        self._console = console
+        self._goal_versions = goal_versions
+
+    def say(self, text: str) -> None:
+        """Something that happened; it stays above the tables."""
+        self._console.print(text, markup=False, soft_wrap=True)
+
+    @asynccontextmanager
+    async def about(self, figures: Figures) -> AsyncIterator[None]:
+        """Keeps showing the figures while inside, and shows their last state."""
+        show = self._show_live if self._console.is_terminal else self._show_lines
+        showing = asyncio.create_task(show(figures))
+        try:
+            yield
+        finally:
+            showing.cancel()
+            await asyncio.wait([showing])
+
+    async def _show_live(self, figures: Figures) -> None:
+        with Live(console=self._console, auto_refresh=False, transient=True) as screen:
+            while True:
+                screen.update(live(figures, goal_versions=self._goal_versions), refresh=True)
+                await asyncio.sleep(_REDRAW_S)
+
+    async def _show_lines(self, figures: Figures) -> None:
+        while True:
+            self.say(headline(figures))
+            await asyncio.sleep(_LINE_EVERY_S)
+
+
+def size(count: float) -> str:
+    """In decimal units."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return ""
+
+
+def headline(figures: Figures) -> str:
+    accuracy = "-" if figures.accuracy is None else f"{figures.accuracy:.1%} (v{figures.accuracy_version})"
+    return (
+        f"{figures.seconds:5.0f} s  version {figures.version}  accuracy {accuracy}  "
+        f"merged {figures.merged + figures.buffered}  refused {figures.refused}  max staleness {figures.max_staleness}  "
+        f"up {size(figures.bytes_up)}  down {size(figures.bytes_down)}  online {len(figures.online)}/{len(figures.parties)}"
+    )
+
+
+def live(figures: Figures, *, goal_versions: int | None) -> RenderableType:
+    table = Table("party", "", box=None, pad_edge=False)
+    for column in ("merged", "refused", "staleness, last", "mean", "up", "down"):
+        table.add_column(column, justify="right")
+    for name, party in figures.parties.items():
+        mean = f"{party.staleness_sum / party.merged:.1f}" if party.merged else "-"
+        online = Text("online", style="green") if name in figures.online else Text("away", style="dim")
+        if party.note:
+            online.append(f" ({party.note})", style="dim")
+        table.add_row(
+            name,
+            online,
+            str(party.merged),
+            str(party.refused),
+            str(party.last_staleness) if party.merged else "-",
+            mean,
+            size(party.bytes_up),
+            size(party.bytes_down),
+        )
+    lines: list[RenderableType] = [Text(headline(figures), style="bold")]
+    if goal_versions is not None:
+        lines.append(ProgressBar(total=goal_versions, completed=min(figures.version, goal_versions)))
+    return Group(*lines, table)
+
+
+def show_summary(console: Console, summary: Summary) -> None:
+    table = Table(title="The federation is over", show_header=False, title_justify="left")
+    table.add_column(style="dim")
+    table.add_column()
+    ratio = summary.bytes_up_dense_float32 / summary.bytes_up if summary.bytes_up else 0.0
+    accuracy = "not evaluated" if summary.accuracy is None else f"{summary.accuracy:.1%}"
+    rows = {
+        "broker": summary.broker,
+        "task": summary.task,
+        "parties": str(summary.parties),
+        "versions": str(summary.versions),
+        "accuracy on held-out data": accuracy,
+        "updates merged": str(summary.updates_merged),
+        "updates refused": str(summary.updates_refused),
+        "duplicates recognised": str(summary.duplicates),
+        "largest staleness merged": f"{summary.max_staleness_seen} versions",
+        "bytes up": f"{size(summary.bytes_up)} (dense float32 is {ratio:.0f} times as much)",
+        "bytes down": f"{size(summary.bytes_down)} to all parties together",
+        "seconds": f"{summary.seconds:.0f}",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console.print(table)
