@@ -4,6 +4,7 @@ First `examine`, which needs nothing but the message and the federation's consta
 `admit`, against the state of the model at the update's turn.
 """
 
+import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from broker_fl.codecs.delta import Delta
 from broker_fl.errors import ConfigurationError, DecodeError
 from broker_fl.topology import Names
 from schemas import wire
-from schemas.ids import Digest
+from schemas.ids import Digest, is_name
 from schemas.manifest import Manifest
 from schemas.receipt import Reason
 from schemas.update import ModelUpdate
@@ -50,12 +51,14 @@ class Examined:
 
     update: ModelUpdate
     delta: Delta
+    payload_digest: str
+    """BLAKE2b-256 of the payload, for the ledger: twice as fast as SHA-256 where the processor has no instructions for that."""
 
 
 def identify(*, exchange: str, user_id: str | None, message_id: str, names: Names) -> Sender | Refused:
     """The broker's word for who sent it: only a party may write to its exchange, and user_id is checked where it is given."""
     party = names.party_of(exchange)
-    if party is None:
+    if party is None or not is_name(party):
         return Refused("identity", f"came through {exchange!r}, which is no party's exchange")
     if user_id is None:
         return Refused("identity", "has no user_id property: set it to the login's name, so that the broker can check it")
@@ -81,7 +84,11 @@ def examine(body: bytes, sender: Sender, limits: Limits) -> Examined | Refused:
         delta = decode(update.payload, parse_codec(update.codec), manifest=limits.manifest)
     except (ConfigurationError, DecodeError) as exc:
         return Refused("codec", str(exc))
-    return _out_of_bounds(delta, limits) or Examined(update, delta)
+    return _out_of_bounds(delta, limits) or Examined(update, delta, payload_digest(update.payload))
+
+
+def payload_digest(payload: bytes) -> str:
+    return hashlib.blake2b(payload, digest_size=32).hexdigest()
 
 
 def _misaddressed(update: ModelUpdate, sender: Sender, limits: Limits) -> Refused | None:

@@ -60,7 +60,7 @@ class Coordinator:
         self._strategy: Strategy = build_strategy(rules.merging)
         self._state = State(version=0, model=np.empty(0, dtype=np.float32))
         self._seq = 0
-        self._snapshot_version = 0
+        self._snapshot_version = self._snapshot_seq = 0
         self._last_frame: FrameRow | None = None
         self._frame_digests: dict[int, str] = {}
         self._buffer_since: float | None = None
@@ -76,7 +76,7 @@ class Coordinator:
             self._check_identity(facts)
             recovered = recover(self._ledger, self._snapshots, self._plan.manifest)
             self._state, self._seq = recovered.state, recovered.seq
-            self._snapshot_version = recovered.snapshot_version
+            self._snapshot_version, self._snapshot_seq = recovered.snapshot_version, recovered.snapshot_seq
             if recovered.merging != self._rules.merging:
                 self._change_strategy(recovered.merging)
         last = self._ledger.last_frame()
@@ -87,7 +87,9 @@ class Coordinator:
         self._reopen_if_goal_moved(facts)
 
     def close(self) -> None:
-        if self._state.version != self._snapshot_version or self._state.buffer is not None:
+        # Never over the snapshot that the ledger names: its bytes would differ, and a crash in between would part the two.
+        changed = self._state.version != self._snapshot_version or self._state.buffer is not None
+        if changed and self._seq != self._snapshot_seq:
             self._snapshot()
 
     def _begin(self, initial: Vector) -> None:
@@ -99,6 +101,7 @@ class Coordinator:
             self._ledger.set_fact("layout", self._plan.manifest.model_dump_json())
             self._append_strategy()
             self._ledger.add_snapshot(SnapshotRow(self._seq, 0, stored.file, stored.sha256, self._clock()))
+        self._snapshot_seq = self._seq
 
     def _append_strategy(self) -> None:
         self._seq += 1
@@ -153,7 +156,8 @@ class Coordinator:
     def decide(self, arrivals: Sequence[Arrival]) -> list[Verdict]:
         """One transaction for all of them, and for the frame that is due afterwards.
 
-        The list is shorter than the arrivals when the federation's last version was reached on the way: the rest is not decided.
+        The list is shorter than the arrivals when the federation is over or reached its last version on the way: the rest is not
+        decided.
         """
         verdicts: list[Verdict] = []
         entries: list[Entry] = []
@@ -161,7 +165,7 @@ class Coordinator:
             keys = [(a.sender.party, a.sender.update_id) for a in arrivals if a.sender is not None]
             decided = self._ledger.decided(keys)
             for arrival in arrivals:
-                if self.goal_reached():
+                if self.is_over or self.goal_reached():
                     break
                 verdict, entry = self._decide_one(arrival, decided)
                 verdicts.append(verdict)
@@ -255,7 +259,8 @@ class Coordinator:
         self._spool.drop(sender)
         self.counts["duplicate"] += 1
         receipt = receipt_for(known, federation=self._plan.federation)
-        return Verdict(receipt, is_duplicate=True, codec=known.codec or "", size=size)
+        refused = None if receipt.reason is None else Refused(receipt.reason, receipt.detail)
+        return Verdict(receipt, refused, is_duplicate=True, codec=known.codec or "", size=size)
 
     def _refuse(self, sender: Sender, refused: Refused, size: int, *, update: ModelUpdate | None = None) -> tuple[Verdict, Entry]:
         self.counts["refused"] += 1
@@ -272,7 +277,7 @@ class Coordinator:
         self._buffer_since = None if self._state.buffer is None else (self._buffer_since or now)
         self.counts[outcome.kind] += 1
         self._seq += 1
-        entry = accepted_entry(self._seq, update, outcome, at=now, version=self._state.version, size=size)
+        entry = accepted_entry(self._seq, examined, outcome, at=now, version=self._state.version, size=size)
         return Verdict(receipt_for(entry, federation=self._plan.federation), codec=update.codec, size=size), entry
 
     def _append_flush(self, strategy: Strategy) -> None:
@@ -303,4 +308,4 @@ class Coordinator:
         stored = self._snapshots.write(self._state, seq=self._seq)
         with self._ledger.transaction():
             self._ledger.add_snapshot(SnapshotRow(self._seq, self._state.version, stored.file, stored.sha256, self._clock()))
-        self._snapshot_version = self._state.version
+        self._snapshot_version, self._snapshot_seq = self._state.version, self._seq

@@ -1,6 +1,5 @@
 """What goes into a decision and what comes out of it."""
 
-import hashlib
 import json
 from dataclasses import dataclass
 
@@ -55,7 +54,8 @@ class Goal:
         return self.target_accuracy is not None and accuracy is not None and accuracy >= self.target_accuracy
 
 
-def accepted_entry(seq: int, update: ModelUpdate, outcome: Outcome, *, at: float, version: int, size: int) -> Entry:
+def accepted_entry(seq: int, examined: Examined, outcome: Outcome, *, at: float, version: int, size: int) -> Entry:
+    update = examined.update
     return Entry(
         seq=seq,
         kind="update",
@@ -72,7 +72,7 @@ def accepted_entry(seq: int, update: ModelUpdate, outcome: Outcome, *, at: float
         outcome=outcome.kind,
         staleness=outcome.staleness,
         weight=outcome.weight,
-        payload_sha256=hashlib.sha256(update.payload).hexdigest(),
+        payload_digest=examined.payload_digest,
         payload=update.payload,
     )
 

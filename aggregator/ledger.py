@@ -58,7 +58,7 @@ ENTRIES = Table(
     Column("detail", String(1000)),
     Column("staleness", _Counter),
     Column("weight", Float),
-    Column("payload_sha256", String(64)),
+    Column("payload_digest", String(64)),
     Column("payload", LargeBinary),  # of what was merged or buffered; settings in JSON for kind = merging
     UniqueConstraint("party", "update_id"),
 )
@@ -121,7 +121,7 @@ class Entry:
     detail: str | None = None
     staleness: int | None = None
     weight: float | None = None
-    payload_sha256: str | None = None
+    payload_digest: str | None = None
     payload: bytes | None = None
 
 
@@ -340,7 +340,9 @@ def open_ledger_for_reading(file: Path) -> Iterator[Ledger]:
         raise ConfigurationError(f"there is no ledger at {file}: name the aggregator's folder by --state")
     engine = open_for_reading(file)
     try:
-        with storage_errors(str(file)), engine.connect() as connection:
+        with storage_errors(str(file)):
+            connection = engine.connect()
+        with connection:
             yield Ledger(connection, str(file))
     finally:
         engine.dispose()
@@ -352,7 +354,10 @@ def open_ledger(url: str) -> Iterator[Ledger]:
     engine = open_database(url, _TABLES)
     name = display_name(url)
     try:
-        with storage_errors(name), engine.connect() as connection:
+        # Not around the yield: whoever uses the ledger has errors of the file system of their own.
+        with storage_errors(name):
+            connection = engine.connect()
+        with connection:
             ledger = Ledger(connection, name)
             if "ledger_id" not in ledger.facts():
                 with ledger.transaction():

@@ -21,6 +21,7 @@ class Recovered:
     seq: int
     merging: MergingSettings
     snapshot_version: int
+    snapshot_seq: int
 
 
 def recover(ledger: Ledger, snapshots: Snapshots, manifest: Manifest) -> Recovered:
@@ -31,7 +32,7 @@ def recover(ledger: Ledger, snapshots: Snapshots, manifest: Manifest) -> Recover
     last = rows[-1]
     state = snapshots.read(Stored(last.file, last.sha256))
     merging = merging_at(ledger, last.seq)
-    *_, recovered = replay(ledger, manifest, start=Recovered(state, last.seq, merging, state.version))
+    *_, recovered = replay(ledger, manifest, start=Recovered(state, last.seq, merging, state.version, last.seq))
     frame = ledger.last_frame()
     if frame is not None and frame.version == recovered.state.version:
         expect_digest(ledger, frame.version, expected=frame.model_digest, model=recovered.state.model)

@@ -5,7 +5,7 @@ messages are decoded in a pool of threads, and everything about the ledger and t
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
@@ -22,17 +22,11 @@ from broker_fl.transports.parts import part_of, split
 from broker_fl.transports.retry import Backoff
 from broker_fl.transports.transport import Connect, Delivery, Header, Message, Subscription, Transport
 from schemas import wire
-from schemas.event import Event, EventKind
+from schemas.event import Event, EventKind, UpdateFacts
 
 log = structlog.get_logger(__name__)
 
 Result = TypeVar("Result")
-
-_UPDATE_EVENTS: dict[str, EventKind] = {
-    "merged": "update.merged",
-    "buffered": "update.buffered",
-    "refused": "update.refused",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,11 +193,16 @@ class Aggregator:
             await asyncio.gather(*(self._answer(transport, delivery, verdict) for delivery, verdict in answered))
             if answered:
                 await subscription.acknowledge(answered[-1][0].tag, multiple=True)
+                await self._tell(transport, "updates.decided", {}, updates=update_facts(group.verdicts))
             if self._coordinator.goal_reached():
                 await self._finish()
 
     async def _answer(self, transport: Transport, delivery: Delivery, verdict: Verdict) -> None:
+        # After a crash before the answers went out, a redelivered duplicate is the second chance for quarantine.
         if verdict.refused is not None and (not verdict.is_duplicate or delivery.redelivered):
+            log.warning(
+                "update refused", reason=verdict.refused.reason, detail=verdict.refused.detail, exchange=delivery.exchange
+            )
             await transport.publish(_quarantined(self._names, delivery, verdict.refused))
         if verdict.receipt is not None:
             receipt = Message(
@@ -217,23 +216,6 @@ class Aggregator:
                 await transport.publish(receipt)
             except UnroutableError:
                 log.warning("no inbox for a receipt: was the party removed?", party=verdict.receipt.party)
-        await self._tell_verdict(transport, verdict)
-
-    async def _tell_verdict(self, transport: Transport, verdict: Verdict) -> None:
-        receipt, refused = verdict.receipt, verdict.refused
-        facts: dict[str, int | float | str | bool] = {"bytes": verdict.size, "codec": verdict.codec}
-        if refused is not None:
-            log.warning("update refused", reason=refused.reason, detail=refused.detail, party=receipt.party if receipt else "")
-            facts |= {"reason": refused.reason}
-        if receipt is not None:
-            facts |= {"party": receipt.party, "update_id": receipt.update_id}
-            facts |= {"staleness": receipt.staleness, "weight": receipt.weight}
-        if verdict.is_duplicate:
-            await self._tell(transport, "update.duplicate", facts)
-        elif receipt is not None:
-            await self._tell(transport, _UPDATE_EVENTS[receipt.outcome], facts, version=receipt.version)
-        elif refused is not None:
-            await self._tell(transport, "update.refused", facts)
 
     async def _publish_frames(self, transport: Transport) -> None:
         while True:
@@ -308,6 +290,7 @@ class Aggregator:
         facts: dict[str, int | float | str | bool],
         *,
         version: int | None = None,
+        updates: tuple[UpdateFacts, ...] = (),
     ) -> None:
         """Events are for whoever listens; nobody has to."""
         event = Event(
@@ -316,6 +299,7 @@ class Aggregator:
             at=self._clock(),
             version=self._coordinator.version if version is None else version,
             facts=facts,
+            updates=updates,
         )
         await transport.publish(Message(self._names.events, wire.encode(event), routing_key=kind, mandatory=False))
 
@@ -341,6 +325,24 @@ def arrive(delivery: Delivery, limits: Limits) -> Arrival:
         # A message that no check foresaw must not stop the aggregator.
         log.exception("a check failed on an update", party=sender.party, update_id=sender.update_id)
         return Arrival(sender, Refused("malformed", f"checking it failed: {exc}"), size)
+
+
+def update_facts(verdicts: Sequence[Verdict]) -> tuple[UpdateFacts, ...]:
+    """For the event about them; parts that were put by are no update yet."""
+    return tuple(_facts(verdict) for verdict in verdicts if verdict.receipt or verdict.refused)
+
+
+def _facts(verdict: Verdict) -> UpdateFacts:
+    receipt, refused = verdict.receipt, verdict.refused
+    return UpdateFacts(
+        party=receipt.party if receipt else None,
+        outcome="duplicate" if verdict.is_duplicate else receipt.outcome if receipt else "refused",
+        staleness=receipt.staleness if receipt else 0,
+        weight=receipt.weight if receipt else 0.0,
+        bytes=verdict.size,
+        codec=verdict.codec,
+        reason=refused.reason if refused else None,
+    )
 
 
 def _quarantined(names: Names, delivery: Delivery, refused: Refused) -> Message:

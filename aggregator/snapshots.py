@@ -55,13 +55,14 @@ class Snapshots:
         return Stored(file, hashlib.sha256(data).hexdigest())
 
     def read(self, stored: Stored) -> State:
-        """Raises DamagedError naming the file if it is not, to the last bit, what was written."""
+        """Raises DamagedError naming the file if it is not, to the last bit, what was written; StorageError if it can't be read."""
         path = f"{self._root}/{stored.file}"
-        try:
-            with fsspec.open(path, "rb") as source:
-                data: bytes = source.read()
-        except FileNotFoundError as exc:
-            raise DamagedError(f"snapshot {path} is missing: restore it from a backup") from exc
+        with storage_errors(path):
+            try:
+                with fsspec.open(path, "rb") as source:
+                    data: bytes = source.read()
+            except FileNotFoundError as exc:
+                raise DamagedError(f"snapshot {path} is missing: restore it from a backup") from exc
         if hashlib.sha256(data).hexdigest() != stored.sha256:
             raise DamagedError(f"snapshot {path} is damaged (its digest differs): restore it from a backup")
         try:
@@ -91,6 +92,12 @@ class Snapshots:
             sink.flush()
             os.fsync(sink.fileno())
         part.replace(folder / file)
+        # The new name is an entry of the folder, which has to reach the disk too.
+        entry = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(entry)
+        finally:
+            os.close(entry)
 
 
 def _metadata(data: bytes) -> dict[str, str]:

@@ -9,6 +9,9 @@ from broker_fl.transports.parts import join
 MAX_HALF_SENT = 4
 """Updates that a party may have sent in part at a time."""
 
+_SMALLEST_PART = 1024
+"""Bytes, except for a last part: the least that broker.part_bytes may be. Each part is a transaction of its own."""
+
 
 class Spool:
     """Works inside the ledger's transactions."""
@@ -52,6 +55,8 @@ class Spool:
         place = part.place
         if place.size > self._max_update_bytes:
             return Refused("bounds", f"{place.size} bytes in parts are over this federation's {self._max_update_bytes}")
+        if (place.parts - 1) * _SMALLEST_PART >= place.size:
+            return Refused("parts", f"{place.parts} parts for {place.size} bytes: a part has {_SMALLEST_PART} bytes at least")
         others = self._ledger.half_sent(sender.party)
         mine = others.pop(sender.update_id, {})
         if len(others) >= MAX_HALF_SENT:

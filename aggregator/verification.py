@@ -1,9 +1,9 @@
 """Whether a ledger tells the truth: every version from the first on, made again and compared."""
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from aggregator.admission import payload_digest
 from aggregator.ledger import Entry, FrameRow, Ledger, SnapshotRow
 from aggregator.recovery import Recovered, expect_digest, manifest_of_ledger, merging_at, replay
 from aggregator.snapshots import Snapshots, Stored
@@ -33,7 +33,7 @@ def verify(ledger: Ledger, snapshots: Snapshots) -> Verified:
         raise DamagedError(f"{ledger.name} has lost its snapshots; restore it from a backup")
     first = rows[0]
     state = snapshots.read(Stored(first.file, first.sha256))
-    start = Recovered(state, first.seq, merging_at(ledger, first.seq), state.version)
+    start = Recovered(state, first.seq, merging_at(ledger, first.seq), state.version, first.seq)
     frames = ledger.frames_from(0)
     pending = _Pending(iter(rows), iter(frames))
     last = start
@@ -97,5 +97,5 @@ def _count(ledger: Ledger) -> dict[str, int]:
 
 
 def _check_payload(ledger: Ledger, entry: Entry) -> None:
-    if entry.payload_sha256 is not None and hashlib.sha256(entry.payload or b"").hexdigest() != entry.payload_sha256:
+    if entry.payload_digest is not None and payload_digest(entry.payload or b"") != entry.payload_digest:
         raise DamagedError(f"{ledger.name}: the payload of entry {entry.seq} differs from its digest; restore it from a backup")

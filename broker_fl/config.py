@@ -6,9 +6,10 @@ import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from broker_fl.errors import ConfigurationError, nearest
@@ -42,8 +43,15 @@ class BrokerSettings(Section):
     @field_validator("url")
     @classmethod
     def _is_amqp(cls, url: SecretStr) -> SecretStr:
-        if urlsplit(url.get_secret_value()).scheme not in ("amqp", "amqps"):
-            raise ValueError("expected amqp://user:password@host:port/vhost")
+        expected = "expected amqp://user:password@host:port/vhost (in a password, / is %2F and # is %23)"
+        try:
+            parts = urlsplit(url.get_secret_value())
+            is_whole = parts.scheme in ("amqp", "amqps") and parts.hostname and parts.port != 0
+        except ValueError:
+            # Its message could show a part of the password.
+            raise ValueError(expected) from None
+        if not is_whole:
+            raise ValueError(expected)
         return url
 
     @model_validator(mode="after")
@@ -61,7 +69,7 @@ class BrokerSettings(Section):
         return SecretStr(f"http://{login or 'guest:guest'}@{host}:15672")
 
     def user(self) -> str:
-        return urlsplit(self.url.get_secret_value()).username or "guest"
+        return unquote(urlsplit(self.url.get_secret_value()).username or "guest")
 
     def address(self) -> str:
         """Where the broker is, without the login: for messages."""
@@ -99,8 +107,8 @@ class MergingSettings(Section):
     mode: Literal["delta", "mixing"] = "delta"
     mixing_rate: Annotated[float, Field(gt=0, le=1)] = 0.3
     staleness: Literal["constant", "polynomial", "hinge"] = "polynomial"
-    exponent: Annotated[float, Field(ge=0)] = 0.5
-    """The a of the polynomial and of the hinge."""
+    exponent: Annotated[float, Field(ge=0, le=10)] = 0.5
+    """The a of the polynomial and of the hinge. Far larger ones would make a late update's weight 0."""
     hinge: Annotated[int, Field(ge=0)] = 4
     """The b of the hinge: no discount up to this staleness."""
     max_staleness: Annotated[int, Field(ge=0)] = 32
@@ -190,7 +198,7 @@ class Settings(BaseSettings):
     """All of federation.toml. `load_settings` fills it; nothing else reads files or the environment for it."""
 
     model_config: ClassVar[SettingsConfigDict] = SettingsConfigDict(
-        frozen=True, extra="forbid", env_prefix=ENVIRONMENT_PREFIX, env_nested_delimiter="__"
+        frozen=True, extra="forbid", env_prefix=ENVIRONMENT_PREFIX, env_nested_delimiter="__", hide_input_in_errors=True
     )
 
     federation: FederationSettings = FederationSettings()
@@ -237,23 +245,33 @@ def load_settings(*files: Path, flags: Values | None = None, environment: Mappin
     merged: dict[str, Any] = {}
     for file in files:
         values = _read_toml(file)
-        _check(values, origin=str(file))
+        _check_alone(values, origin=str(file))
         merged = _overlay(merged, values)
     from_environment = _read_environment(os.environ if environment is None else environment)
-    _check(from_environment, origin="the environment")
-    merged = _overlay(_overlay(merged, from_environment), _without_none(flags or {}))
-    return _check(merged, origin="the flags")
-
-
-def _check(values: Values, *, origin: str) -> Settings:
+    _check_alone(from_environment, origin="the environment")
+    given = _without_none(flags or {})
+    _check_alone(given, origin="the flags")
     try:
-        return Settings(**values)
+        return Settings(**_overlay(_overlay(merged, from_environment), given))
     except ValidationError as exc:
-        raise ConfigurationError(f"{origin}: {_first_mistake(exc)}") from exc
+        raise ConfigurationError(f"the settings together: {_said(_mistakes(exc)[0])}") from exc
 
 
-def _first_mistake(exc: ValidationError) -> str:
-    mistake = exc.errors(include_url=False, include_input=False)[0]
+def _check_alone(values: Values, *, origin: str) -> None:
+    """Each key for itself: what does not fit to a default may fit to what another origin says."""
+    try:
+        Settings(**values)
+    except ValidationError as exc:
+        mistakes = [mistake for mistake in _mistakes(exc) if mistake["type"] != "value_error" or len(mistake["loc"]) > 1]
+        if mistakes:
+            raise ConfigurationError(f"{origin}: {_said(mistakes[0])}") from exc
+
+
+def _mistakes(exc: ValidationError) -> list[ErrorDetails]:
+    return exc.errors(include_url=False, include_input=False)
+
+
+def _said(mistake: ErrorDetails) -> str:
     path = [str(step) for step in mistake["loc"]]
     if mistake["type"] != "extra_forbidden":
         return f"{'.'.join(path)}: {mistake['msg'].removeprefix('Value error, ')}"

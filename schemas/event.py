@@ -4,28 +4,40 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from schemas.ids import FederationId, Version
+from schemas.ids import FederationId, PartyId, SchemaVersion, Version
+from schemas.receipt import Reason
 from schemas.wire import Message
 
 EventKind = Literal[
     "aggregator.started",
     "aggregator.stopped",
-    "update.merged",
-    "update.buffered",
-    "update.refused",
-    "update.duplicate",
+    "updates.decided",
     "frame.published",
     "model.evaluated",
 ]
+
+
+class UpdateFacts(Message):
+    """What became of one update. A message whose sender the broker does not vouch for has no party."""
+
+    party: PartyId | None
+    outcome: Literal["merged", "buffered", "refused", "duplicate"]
+    staleness: Annotated[int, Field(ge=0)]
+    weight: float
+    bytes: Annotated[int, Field(ge=0)]
+    codec: Annotated[str, Field(max_length=64)]
+    reason: Reason | None
 
 
 class Event(Message):
     """`facts` holds numbers and short texts by name; docs/protocol.md lists them by kind."""
 
     kind: EventKind
-    schema_version: Literal[1] = 1
+    schema_version: SchemaVersion = 1
     federation: FederationId
     at: float
     """Seconds since 1970 by the sender's clock."""
     version: Version
     facts: Annotated[dict[str, int | float | str | bool], Field(max_length=64)]
+    updates: Annotated[tuple[UpdateFacts, ...], Field(strict=False, max_length=10_000)] = ()
+    """Of `updates.decided`: all that one commit held."""

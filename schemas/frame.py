@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from schemas.ids import Digest, FederationId, LedgerId, Version
+from schemas.ids import Digest, FederationId, LedgerId, SchemaVersion, Version
 from schemas.manifest import Manifest
 from schemas.wire import Message
 
@@ -30,7 +30,7 @@ class ModelFrame(Message):
     """One broadcast. A keyframe holds a whole model, and all that a worker needs to take part."""
 
     kind: Literal["keyframe"] = "keyframe"
-    schema_version: Literal[1] = 1
+    schema_version: SchemaVersion = 1
     federation: FederationId
     ledger: LedgerId
     """The ledger that numbers these frames; another one starts again from frame 1."""

@@ -17,6 +17,9 @@ Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 Version = Annotated[int, Field(ge=0, lt=2**53)]
 
+SchemaVersion = Annotated[int, Field(ge=1, le=1)]
+"""The only one so far. A Literal would take `true` and 1.0 for it too."""
+
 
 def is_name(text: str) -> bool:
     return re.fullmatch(NAME_PATTERN, text) is not None

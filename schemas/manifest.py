@@ -16,7 +16,8 @@ MAX_PARAMETERS = 2**31 - 1
 class TensorSpec(Message):
     """One named float32 tensor in the vector: `offset` counts elements from its start."""
 
-    name: Annotated[str, Field(min_length=1, max_length=512)]
+    name: Annotated[str, Field(min_length=1, max_length=512, pattern=r"^[^\n]+$")]
+    """Without line breaks, since the manifest's digest is taken over lines."""
     shape: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(strict=False, max_length=16)]
     offset: Annotated[int, Field(ge=0)]
 

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from schemas.ids import FederationId, PartyId, UpdateId, Version
+from schemas.ids import FederationId, PartyId, SchemaVersion, UpdateId, Version
 from schemas.wire import Message
 
 Reason = Literal[
@@ -26,7 +26,7 @@ class Receipt(Message):
     """merged at a version with a weight, buffered, or refused for a reason."""
 
     kind: Literal["receipt"] = "receipt"
-    schema_version: Literal[1] = 1
+    schema_version: SchemaVersion = 1
     federation: FederationId
     party: PartyId
     update_id: UpdateId

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from schemas.ids import Digest, FederationId, PartyId, UpdateId, Version
+from schemas.ids import Digest, FederationId, PartyId, SchemaVersion, UpdateId, Version
 from schemas.wire import Message
 
 
@@ -12,7 +12,7 @@ class ModelUpdate(Message):
     """An encoded delta (trained weights - base weights, with what was left over before) and the facts about it."""
 
     kind: Literal["update"] = "update"
-    schema_version: Literal[1] = 1
+    schema_version: SchemaVersion = 1
     federation: FederationId
     party: PartyId
     update_id: UpdateId

@@ -31,6 +31,9 @@ def encode(message: Message) -> bytes:
 
 def decode(kind: type[AnyMessage], body: bytes) -> AnyMessage:
     """Raises DecodeError for anything but one well-formed message of the kind."""
+    most = min(
+        MAX_CONTAINER_LENGTH, len(body)
+    )  # The room for a list is taken when its length is read: an entry has a byte at least.
     try:
         fields = msgpack.unpackb(
             body,
@@ -38,8 +41,8 @@ def decode(kind: type[AnyMessage], body: bytes) -> AnyMessage:
             strict_map_key=True,
             max_str_len=65_536,
             max_bin_len=len(body),
-            max_array_len=MAX_CONTAINER_LENGTH,
-            max_map_len=MAX_CONTAINER_LENGTH,
+            max_array_len=most,
+            max_map_len=most,
             max_ext_len=0,
         )
     except (ValueError, msgpack.UnpackException, UnicodeDecodeError, RecursionError) as exc:

@@ -183,7 +183,10 @@ def open_outbox(folder: Path, *, party: str, federation: str) -> Iterator[Outbox
     with held_alone(folder / f"outbox-{party}.lock", message=busy):
         engine = open_database(sqlite_url(file), _TABLES)
         try:
-            with storage_errors(str(file)), engine.connect() as connection:
+            # Not around the yield: whoever uses the outbox has errors of the file system of their own.
+            with storage_errors(str(file)):
+                connection = engine.connect()
+            with connection:
                 outbox = Outbox(connection, str(file))
                 known = outbox.fact("federation")
                 if known is None:

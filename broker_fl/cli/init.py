@@ -7,7 +7,8 @@ import typer
 
 TEMPLATE = """\
 # A federation over RabbitMQ. Every key can also be given by the environment (BROKER_FL_SECTION__KEY) and by flags
-# (--set section.key=value), which win over this file. What is commented out shows its default.
+# (--set section.key=value), which win over this file. What is commented out shows its default;
+# where there is none, an example.
 
 [federation]
 name = "federation"                # the prefix of its exchanges and queues: fl.<name>.*
@@ -63,7 +64,7 @@ state = "broker-fl-state"          # the outbox of each party
 # channels_last = false
 
 # [partition]                      # for trials where all workers hold one data set: each takes --share I/N of it
-# scheme = "iid"                   # iid | dirichlet | shards
+# scheme = "none"                  # iid | dirichlet | shards
 # alpha = 0.5
 """
 

@@ -31,7 +31,7 @@ class Codec:
 
     @property
     def name(self) -> str:
-        return self.quantizer if self.density is None else f"topk:{self.density:g}+{self.quantizer}"
+        return self.quantizer if self.density is None else f"topk:{self.density!r}+{self.quantizer}"
 
 
 @lru_cache(maxsize=256)
@@ -84,6 +84,7 @@ def decode(payload: bytes, codec: Codec, *, manifest: Manifest) -> Delta:
         return Delta(manifest.size, quantizer.decode(payload, manifest.size))
     sparse = decode_indices(payload, size=manifest.size)
     small = _small_positions(manifest)
+    _expect_apart(sparse.indices, small)
     small_quantizer = QUANTIZERS[FOR_SMALL_TENSORS[codec.quantizer]]
     split = sparse.end + small_quantizer.length(small.size)
     _expect_length(payload, split + quantizer.length(sparse.indices.size))
@@ -99,6 +100,14 @@ def decode(payload: bytes, codec: Codec, *, manifest: Manifest) -> Delta:
 def _expect_length(payload: bytes, expected: int) -> None:
     if len(payload) != expected:
         raise DecodeError(f"the payload should have {expected} bytes, not {len(payload)}")
+
+
+def _expect_apart(indices: Indices, small: Indices) -> None:
+    """Both ascend. An element that came twice would be added once and counted twice."""
+    at = np.searchsorted(indices, small)
+    found = at < indices.size
+    if np.any(indices[at[found]] == small[found]):
+        raise DecodeError("an index lies in a small tensor, which is sent whole")
 
 
 @lru_cache(maxsize=8)

@@ -22,7 +22,7 @@ class Delta:
         if self.indices is None:
             vector += scaled
         else:
-            vector[self.indices] += scaled
+            np.add.at(vector, self.indices, scaled)  # One pass over scattered memory; `vector[indices] += ` makes two.
 
     def subtract_from(self, vector: Vector) -> None:
         if self.indices is None:

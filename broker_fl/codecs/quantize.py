@@ -51,7 +51,9 @@ def _levels(values: Vector, generator: np.random.Generator, levels: int) -> tupl
     padded = np.zeros(blocks * BLOCK, dtype=np.float32)
     padded[: values.size] = values
     grid = padded.reshape(blocks, BLOCK)
-    scales = (np.abs(grid).max(axis=1) / np.float32(levels)).astype(np.float32)
+    # Not so large that the highest level, decoded, is infinite.
+    highest = np.nextafter(np.finfo(np.float32).max / np.float32(levels), np.float32(0))
+    scales = np.minimum(np.abs(grid).max(axis=1) / np.float32(levels), highest)
     # A block of denormals has a scale of zero or one that overflows the division: it is sent as zeros.
     usable = scales >= np.finfo(np.float32).tiny
     scales = np.where(usable, scales, np.float32(0))
@@ -74,10 +76,12 @@ def _scales(data: bytes, count: int) -> Vector:
 
 def _scaled(steps: Vector, scales: Vector) -> Vector:
     whole = steps.size // BLOCK * BLOCK
-    if whole:
-        steps[:whole].reshape(-1, BLOCK)[:] *= scales[: whole // BLOCK, None]
-    if whole < steps.size:
-        steps[whole:] *= scales[-1]
+    # No encoder sends scales that overflow; what somebody else sends becomes infinite, for the receiver to refuse.
+    with np.errstate(over="ignore"):
+        if whole:
+            steps[:whole].reshape(-1, BLOCK)[:] *= scales[: whole // BLOCK, None]
+        if whole < steps.size:
+            steps[whole:] *= scales[-1]
     return steps
 
 

@@ -206,7 +206,7 @@ class LocalRabbitMQ:
         self._processes.kill()
 
     async def stop(self) -> None:
-        """An orderly shutdown, as an operator would restart a broker."""
+        """An orderly shutdown, as far as `stop_timeout_s` allows; then a kill."""
         await self._processes.stop()
 
     async def start_again(self) -> None:

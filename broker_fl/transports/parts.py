@@ -4,6 +4,7 @@ A part says its place in the headers: `x-fl-part` (from 0), `x-fl-parts`, `x-fl-
 """
 
 import hashlib
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -43,6 +44,8 @@ def part_of(headers: Mapping[str, Header]) -> Part | None:
     index, parts, size, sha256 = (headers.get(key) for key in (PART, PARTS, SIZE, SHA256))
     if type(index) is not int or type(parts) is not int or type(size) is not int or type(sha256) is not str:
         raise DecodeError(f"a part needs the integers {PART}, {PARTS}, {SIZE} and the text {SHA256} in its headers")
+    if re.fullmatch(r"[0-9a-f]{64}", sha256) is None:
+        raise DecodeError(f"{SHA256} must be 64 lower-case hexadecimal digits")
     if not (0 <= index < parts <= size):
         raise DecodeError(f"part {index} of {parts}, of {size} bytes in all, cannot be")
     return Part(index, parts, size, sha256)

@@ -8,7 +8,7 @@ from pathlib import Path
 from broker_fl.topology import Names
 from broker_fl.transports.transport import Connect
 from schemas import wire
-from schemas.event import Event
+from schemas.event import Event, UpdateFacts
 from workers.outbox import read_counters
 
 
@@ -33,7 +33,6 @@ class Figures:
     is_final: bool = False
     """Whether the accuracy is the last model's."""
     merged: int = 0
-    buffered: int = 0
     refused: int = 0
     duplicates: int = 0
     max_staleness: int = 0
@@ -57,10 +56,9 @@ class Figures:
         self.version = max(self.version, event.version)
         facts = event.facts
         match event.kind:
-            case "update.merged" | "update.buffered" | "update.refused":
-                self._take_update(event.kind.partition(".")[2], facts)
-            case "update.duplicate":
-                self.duplicates += 1
+            case "updates.decided":
+                for update in event.updates:
+                    self._take_update(update)
             case "frame.published":
                 self.broadcasts += 1
             case "model.evaluated":
@@ -70,20 +68,20 @@ class Figures:
                 pass
         self.changed.set()
 
-    def _take_update(self, outcome: str, facts: dict[str, int | float | str | bool]) -> None:
-        setattr(self, outcome, getattr(self, outcome) + 1)
-        party = self.parties.get(str(facts.get("party", "")))
-        staleness = int(facts.get("staleness", 0))
-        if outcome != "refused":
-            self.max_staleness = max(self.max_staleness, staleness)
-        if party is None:
-            return
-        if outcome == "refused":
-            party.refused += 1
-        else:
-            party.merged += 1
-            party.staleness_sum += staleness
-            party.last_staleness = staleness
+    def _take_update(self, update: UpdateFacts) -> None:
+        party = self.parties.get(update.party or "", PartyFigures())
+        match update.outcome:
+            case "duplicate":
+                self.duplicates += 1
+            case "refused":
+                self.refused += 1
+                party.refused += 1
+            case "merged" | "buffered":
+                self.merged += 1
+                self.max_staleness = max(self.max_staleness, update.staleness)
+                party.merged += 1
+                party.staleness_sum += update.staleness
+                party.last_staleness = update.staleness
 
     def read_counters(self, folder: Path) -> None:
         for name, party in self.parties.items():

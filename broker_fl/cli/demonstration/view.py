@@ -64,7 +64,7 @@ def headline(figures: Figures) -> str:
     accuracy = "-" if figures.accuracy is None else f"{figures.accuracy:.1%} (v{figures.accuracy_version})"
     return (
         f"{figures.seconds:5.0f} s  version {figures.version}  accuracy {accuracy}  "
-        f"merged {figures.merged + figures.buffered}  refused {figures.refused}  max staleness {figures.max_staleness}  "
+        f"merged {figures.merged}  refused {figures.refused}  max staleness {figures.max_staleness}  "
         f"up {size(figures.bytes_up)}  down {size(figures.bytes_down)}  online {len(figures.online)}/{len(figures.parties)}"
     )
 

@@ -1,0 +1,224 @@
+"""Durable merges per second, beside the plain consume-and-acknowledge rate of aio-pika on the same messages in the same run.
+
+Both drain the same quorum queue on a private RabbitMQ node. A merge is all that it is in production: checks, decoding, ledger
+with fsync, receipt, event, acknowledgement, and one broadcast a second. The ratio is the median of the rounds' ratios.
+
+    python -m benchmarks.aggregator [--json FILE] [--rounds 3] [--codec int8]
+"""
+
+import asyncio
+import tempfile
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+import aio_pika
+import numpy as np
+import uvloop
+from pydantic import SecretStr
+
+from aggregator.admission import Limits
+from aggregator.broadcast import BroadcastPlan
+from aggregator.coordinator import Coordinator, Rules
+from aggregator.decisions import Goal
+from aggregator.ledger import open_ledger
+from aggregator.service import Aggregator, Pace
+from aggregator.snapshots import Snapshots
+from benchmarks.report import parser, show
+from broker_fl.cli.logs import LogFormat, LogLevel, configure_logs
+from broker_fl.codecs.codec import encode, parse_codec
+from broker_fl.config import BrokerSettings, MergingSettings
+from broker_fl.database import sqlite_url
+from broker_fl.management import Management
+from broker_fl.parameters import digest, manifest_of
+from broker_fl.topology import Names, Permissions, party, shared
+from broker_fl.transports.amqp import amqp_connect
+from broker_fl.transports.local_rabbitmq import local_rabbitmq
+from broker_fl.transports.transport import Message
+from schemas import wire
+from schemas.frame import TrainingPlan
+from schemas.manifest import Manifest
+from schemas.update import ModelUpdate
+
+FEDERATION = "bench"
+PREFETCH = 64
+DISTINCT = 32
+PARTY = "bench"
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    codec: str
+    parameters: int
+    updates: int
+
+
+CASES = (
+    Case("int8", 10_000, 4000),
+    Case("topk:0.01+int4", 660_000, 4000),
+    Case("int8", 250_000, 1500),
+    Case("topk:0.01+int4", 16_500_000, 600),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    codec: str
+    parameters: int
+    bytes: int
+    updates: int
+    raw_per_s: float
+    merges_per_s: float
+    ratio: float
+
+
+def manifest_for(case: Case) -> Manifest:
+    small = min(500, case.parameters // 2)
+    return manifest_of({"weight": np.zeros(case.parameters - small, np.float32), "bias": np.zeros(small, np.float32)})
+
+
+def payloads(case: Case, manifest: Manifest) -> list[bytes]:
+    generator = np.random.default_rng(1)
+    codec = parse_codec(case.codec)
+    delta = generator.standard_normal(manifest.size, dtype=np.float32) * np.float32(1e-3)
+    return [encode(np.roll(delta, shift), codec, manifest=manifest, generator=generator) for shift in range(DISTINCT)]
+
+
+def updates(case: Case, manifest: Manifest, encoded: list[bytes], *, base_digest: str, party_name: str) -> list[ModelUpdate]:
+    return [
+        ModelUpdate(
+            federation=FEDERATION,
+            party=party_name,
+            update_id=uuid.uuid4().hex,
+            sequence=number + 1,
+            base_version=0,
+            base_digest=base_digest,
+            manifest_digest=manifest.digest,
+            codec=case.codec,
+            num_samples=1,
+            num_steps=1,
+            train_loss=0.0,
+            payload=encoded[number % DISTINCT],
+        )
+        for number in range(case.updates)
+    ]
+
+
+async def fill(settings: BrokerSettings, messages: list[ModelUpdate], party_name: str) -> int:
+    """Bytes of one message."""
+    bodies = [wire.encode(update) for update in messages]
+    async with amqp_connect(settings)("bench-fill") as transport:
+        for start in range(0, len(messages), PREFETCH):
+            await asyncio.gather(
+                *(
+                    transport.publish(Message(Names(FEDERATION).up(party_name), body, message_id=update.update_id))
+                    for update, body in zip(messages[start : start + PREFETCH], bodies[start : start + PREFETCH], strict=True)
+                )
+            )
+    return len(bodies[0])
+
+
+async def raw_rate(settings: BrokerSettings, count: int) -> float:
+    """aio-pika's own consume and acknowledge, one by one, with the same prefetch."""
+    done = asyncio.Event()
+    seen = 0
+
+    async def on_message(message: aio_pika.abc.AbstractIncomingMessage) -> None:
+        nonlocal seen
+        await message.ack()
+        seen += 1
+        if seen == count:
+            done.set()
+
+    connection = await aio_pika.connect(settings.url.get_secret_value())
+    async with connection:
+        channel = await connection.channel()
+        await channel.set_qos(prefetch_count=PREFETCH)
+        queue = await channel.get_queue(Names(FEDERATION).updates, ensure=False)
+        began = time.perf_counter()
+        await queue.consume(on_message)
+        await done.wait()
+        return count / (time.perf_counter() - began)
+
+
+async def merge_rate(
+    settings: BrokerSettings, case: Case, manifest: Manifest, encoded: list[bytes], folder: Path
+) -> tuple[float, int]:
+    """The whole aggregator, from its first message to its last acknowledgement; and the bytes of one message."""
+    plan = BroadcastPlan(
+        federation=FEDERATION,
+        ledger_id="0" * 32,
+        manifest=manifest,
+        codec="bfloat16",
+        update_codec=case.codec,
+        training=TrainingPlan(),
+        fraction=1.0,
+        repeat=False,
+        every_versions=1_000_000,
+        every_s=1.0,
+    )
+    limits = Limits(Names(FEDERATION), manifest, 4 * manifest.size + 65_536, None)
+    rules = Rules(limits, MergingSettings(max_staleness=1_000_000), plan, Goal(versions=case.updates), 1_000_000, 3600.0)
+    with open_ledger(sqlite_url(folder / "ledger.db")) as ledger:
+        coordinator = Coordinator(ledger, Snapshots(str(folder / "snapshots"), manifest), rules, clock=time.time)
+        model = np.zeros(manifest.size, np.float32)
+        coordinator.open(model)
+        coordinator.tick()
+        messages = updates(case, manifest, encoded, base_digest=digest(model), party_name=PARTY)
+        size = await fill(settings, messages, PARTY)
+        service = Aggregator(
+            amqp_connect(settings),
+            coordinator,
+            topology=shared(FEDERATION),
+            limits=limits,
+            pace=Pace(PREFETCH, 64, 0.02, 1 << 20, 16 << 20),
+            clock=time.time,
+        )
+        began = time.perf_counter()
+        await service.run(lambda: None)
+        seconds = time.perf_counter() - began
+        assert coordinator.counts["merged"] == case.updates, coordinator.counts
+    return case.updates / seconds, size
+
+
+async def one_round(settings: BrokerSettings, case: Case, manifest: Manifest, encoded: list[bytes]) -> Row:
+    async with amqp_connect(settings)("bench") as transport:
+        await transport.declare(shared(FEDERATION))
+        await transport.declare(party(FEDERATION, PARTY))
+    await fill(settings, updates(case, manifest, encoded, base_digest="0" * 64, party_name=PARTY), PARTY)
+    raw = await raw_rate(settings, case.updates)
+    with tempfile.TemporaryDirectory() as folder:
+        merges, size = await merge_rate(settings, case, manifest, encoded, Path(folder))
+    return Row(case.codec, case.parameters, size, case.updates, raw, merges, merges / raw)
+
+
+async def measure(rounds: int, cases: tuple[Case, ...]) -> list[Row]:
+    rows = []
+    async with local_rabbitmq(stop_timeout_s=0) as node:
+        async with Management(node.management_url) as management:
+            await management.put_user(PARTY, SecretStr(PARTY))
+            await management.put_permissions(PARTY, Permissions(".*", ".*", ".*"))
+        settings = BrokerSettings(url=SecretStr(f"amqp://{PARTY}:{PARTY}@127.0.0.1:{node.amqp_port}/"))
+        for case in cases:
+            manifest = manifest_for(case)
+            encoded = payloads(case, manifest)
+            found = [await one_round(settings, case, manifest, encoded) for _ in range(rounds)]
+            middle = sorted(found, key=lambda row: row.ratio)[len(found) // 2]
+            rows.append(middle)
+            print(middle, flush=True)
+    return rows
+
+
+def main() -> None:
+    arguments = parser(__doc__ or "")
+    arguments.add_argument("--rounds", type=int, default=3, help="of each case; the row is the one with the median ratio")
+    arguments.add_argument("--codec", help="only the cases of this codec")
+    given = arguments.parse_args()
+    configure_logs(LogLevel.ERROR, LogFormat.CONSOLE)
+    cases = tuple(case for case in CASES if given.codec in (None, case.codec))
+    show("Durable merges beside plain consuming", uvloop.run(measure(given.rounds, cases)), json_file=given.json)
+
+
+if __name__ == "__main__":
+    main()

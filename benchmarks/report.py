@@ -1,0 +1,36 @@
+"""How every benchmark ends: rows on the screen, and in a file where asked for."""
+
+import argparse
+import json
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    arguments = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--json", type=Path, help="write the rows here")
+    return arguments
+
+
+def machine() -> str:
+    return f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
+
+
+def show(title: str, rows: Sequence[Any], *, json_file: Path | None) -> None:
+    """`rows` are dataclasses of one kind."""
+    records = [asdict(row) for row in rows]
+    table = Table(title=f"{title} ({machine()})", title_justify="left")
+    for name in records[0]:
+        table.add_column(name, justify="right")
+    for record in records:
+        table.add_row(*(f"{value:,.3g}" if isinstance(value, float) else str(value) for value in record.values()))
+    Console(width=160).print(table)
+    if json_file is not None:
+        json_file.write_text(json.dumps({"machine": machine(), "rows": records}, indent=2) + "\n", encoding="utf-8")
