@@ -19,8 +19,12 @@ def parser(description: str) -> argparse.ArgumentParser:
     return arguments
 
 
+def cores() -> int:
+    return os.cpu_count() or 1
+
+
 def machine() -> str:
-    return f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
+    return f"{cores()} cores, {platform.machine()}, Python {platform.python_version()}"
 
 
 def show(title: str, rows: Sequence[Any], *, json_file: Path | None) -> None:
