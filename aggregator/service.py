@@ -5,8 +5,9 @@ messages are decoded in a pool of threads, and everything about the ledger and t
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -16,7 +17,15 @@ from aggregator.admission import Limits, Refused, examine, identify
 from aggregator.coordinator import Clock, Coordinator
 from aggregator.decisions import Arrival, PartBody, Verdict
 from aggregator.ledger import FrameRow
-from broker_fl.errors import BrokerUnavailableError, DecodeError, PublishTimeoutError, UnroutableError, first_of
+from broker_fl.errors import (
+    BrokerUnavailableError,
+    DecodeError,
+    NotFoundError,
+    PublishTimeoutError,
+    QueueInUseError,
+    UnroutableError,
+    first_of,
+)
 from broker_fl.topology import Names, Topology
 from broker_fl.transports.parts import part_of, split
 from broker_fl.transports.retry import Backoff
@@ -113,16 +122,31 @@ class Aggregator:
         was_up = is_done = False
         while not (is_done or self._is_stopped):
             try:
-                async with self._connect(f"aggregator:{self._names.federation}") as transport:
+                async with (
+                    self._connect(f"aggregator:{self._names.federation}") as transport,
+                    self._alone(transport),
+                ):
                     was_up = True
                     backoff.reset()
                     await self._session(transport)
                     is_done = True
-            except* (BrokerUnavailableError, PublishTimeoutError) as lost:
+            except* (BrokerUnavailableError, PublishTimeoutError, NotFoundError, QueueInUseError) as lost:
                 if not was_up:
                     raise
+                # A broker that starts again may not know its vhost or queues for a while, or still know our last connection.
                 log.warning("broker lost, trying again", reason=str(first_of(lost)), wait_s=round(backoff.next_s, 1))
                 await backoff.wait(unless=self._winding_down)
+
+    @asynccontextmanager
+    async def _alone(self, transport: Transport) -> AsyncIterator[None]:
+        """Two aggregators with ledgers of their own would broadcast two models into one log."""
+        try:
+            async with transport.hold(self._names.aggregator):
+                yield
+        except QueueInUseError as exc:
+            raise QueueInUseError(
+                f"another aggregator is at work on federation {self._names.federation!r}: end it first, or take another name"
+            ) from exc
 
     async def _session(self, transport: Transport) -> None:
         await transport.declare(self._topology)

@@ -98,6 +98,11 @@ class Names:
     def events(self) -> str:
         return f"fl.{self.federation}.events"
 
+    @property
+    def aggregator(self) -> str:
+        """What the one aggregator at work holds."""
+        return f"fl.{self.federation}.aggregator"
+
     def up(self, party: str) -> str:
         return f"fl.{self.federation}.up.{party}"
 

@@ -22,6 +22,7 @@ from broker_fl.codecs.feedback import compensate, give_back, left_over
 from broker_fl.errors import (
     BrokerUnavailableError,
     DecodeError,
+    NotFoundError,
     PublishTimeoutError,
     QueueInUseError,
     UnroutableError,
@@ -96,6 +97,7 @@ class Worker:
         self._throttle = throttle
         self._clock = clock
         self._newest: ReceivedModel | None = None
+        self._was_up = False
         self._left_out: tuple[str, int] | None = None
         self._changed = asyncio.Event()
         self._update_waits = asyncio.Event()
@@ -134,6 +136,11 @@ class Worker:
             try:
                 async with self._connect(f"worker:{self._identity.party}") as transport:
                     await self._session(transport, backoff)
+            except* NotFoundError as missing:
+                if not self._was_up:
+                    raise
+                # A broker that starts again may not know its vhost or queues for a while.
+                log.warning("not there now, trying again", reason=str(first_of(missing)), wait_s=round(backoff.next_s, 1))
             except* (BrokerUnavailableError, PublishTimeoutError, UnroutableError) as lost:
                 held_since = None
                 log.warning("no broker, trying again", reason=str(first_of(lost)), wait_s=round(backoff.next_s, 1))
@@ -149,6 +156,7 @@ class Worker:
         name = f"worker:{self._identity.party}"
         inbox = transport.consume(self._names.inbox(self._identity.party), prefetch=16, name=name, exclusive=True)
         async with inbox as receipts, asyncio.TaskGroup() as group:
+            self._was_up = True
             backoff.reset()
             log.info("connected", party=self._identity.party, federation=self._identity.federation)
             bodies = LatestBody()

@@ -107,7 +107,7 @@ def _play(demo: "Demo", broker: str, *, amqp_port: int | None, management_port: 
     from broker_fl.cli.demonstration.stage import set_stage
     from broker_fl.cli.demonstration.summary import summarise
     from broker_fl.cli.demonstration.view import News
-    from broker_fl.cli.running import run
+    from broker_fl.cli.running import run, until_signalled
     from broker_fl.config import load_settings
 
     # What can be wrong with the settings is found before a broker is started.
@@ -121,4 +121,4 @@ def _play(demo: "Demo", broker: str, *, amqp_port: int | None, management_port: 
                 await play(stage, settings, figures, say=news.say)
             return summarise(settings, figures, broker=stage.broker)
 
-    return run(on_stage())
+    return run(until_signalled(on_stage()))

@@ -18,6 +18,25 @@ def run(main: Coroutine[Any, Any, Result]) -> Result:
     return uvloop.run(main)
 
 
+async def until_signalled(main: Coroutine[Any, Any, Result]) -> Result:
+    """SIGTERM and SIGINT alike cancel it, so that it ends what it started; the exit code is then the shell's for the signal."""
+    task = asyncio.ensure_future(main)
+    received: list[int] = []
+
+    def cancel(number: int) -> None:
+        received.append(number)
+        task.cancel()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, cancel, number)
+    try:
+        return await task
+    except asyncio.CancelledError:
+        if received:
+            raise SystemExit(128 + received[0]) from None
+        raise
+
+
 async def serve(service: Awaitable[None], stop: Callable[[], None], *, until_stdin_closes: bool) -> None:
     """Runs a service that SIGTERM and SIGINT stop cleanly, and where asked for the end of its parent."""
     loop = asyncio.get_running_loop()

@@ -6,15 +6,25 @@ sends again what was not confirmed. Publishing and consuming use connections of 
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
+import struct
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 
 import aio_pika
 import aiormq
 import aiormq.exceptions as rmq
-from aio_pika.abc import AbstractChannel, AbstractConnection, AbstractExchange, AbstractIncomingMessage, AbstractQueue
+from aio_pika.abc import (
+    AbstractChannel,
+    AbstractConnection,
+    AbstractExchange,
+    AbstractIncomingMessage,
+    AbstractQueue,
+    HeadersType,
+)
 from aio_pika.exceptions import CONNECTION_EXCEPTIONS
+from pamqp.commands import Basic
+from pamqp.header import ContentHeader
 
 from broker_fl.config import BrokerSettings
 from broker_fl.errors import (
@@ -34,6 +44,21 @@ from broker_fl.transports.transport import Connect, Delivery, Header, Message, S
 
 _LOG_PREFETCH = 64
 _CONNECT_TIMEOUT_S = 15.0
+
+_unmarshal = ContentHeader.unmarshal
+
+
+def _unmarshal_what_can_be(header: ContentHeader, data: bytes) -> None:
+    """RabbitMQ passes on properties that pamqp cannot decode (a date after 9999, text that is not UTF-8, ever deeper tables), and
+    aiormq ends the connection over them: one hostile message, and all that were prefetched with it go back. It comes without any.
+    """
+    try:
+        _unmarshal(header, data)
+    except (ValueError, ArithmeticError, OSError, RecursionError):
+        header.properties = Basic.Properties()
+
+
+ContentHeader.unmarshal = _unmarshal_what_can_be  # type: ignore[method-assign, assignment]
 
 
 def amqp_connect(settings: BrokerSettings) -> Connect:
@@ -79,20 +104,18 @@ async def _connection(settings: BrokerSettings, *, name: str) -> AsyncIterator[A
     try:
         yield connection
     finally:
-        await _closed(connection)
+        await _close(connection)
 
 
-async def _closed(connection: AbstractConnection) -> None:
-    """Closing a connection that is already broken fails in many ways, and none of them matters."""
-    try:
+async def _close(opened: AbstractConnection | AbstractChannel) -> None:
+    """Closing what is already broken fails in many ways, and none of them matters."""
+    with suppress(BrokerError), _mapped("closing"):
         async with asyncio.timeout(5):
-            await connection.close()
-    except (*CONNECTION_EXCEPTIONS, TimeoutError):
-        return
+            await opened.close()
 
 
 def _reason(exc: BaseException) -> str:
-    return str(exc) or type(exc).__name__
+    return " ".join(str(exc).split()) or type(exc).__name__
 
 
 @contextmanager
@@ -100,33 +123,49 @@ def _mapped(doing: str) -> Iterator[None]:
     """Foreign exceptions to ours. Nothing of aio-pika, aiormq or pamqp passes."""
     try:
         yield
-    except rmq.ChannelNotFoundEntity as exc:
-        raise NotFoundError(f"{doing}: {exc}") from exc
-    except (rmq.ChannelAccessRefused, rmq.ChannelLockedResource) as exc:
-        if "exclusive" in str(exc):
-            raise QueueInUseError(f"{doing}: {exc}") from exc
-        raise AccessRefusedError(f"{doing}: {exc}") from exc
-    except rmq.ChannelPreconditionFailed as exc:
-        raise _precondition(doing, exc) from exc
-    except rmq.PublishError as exc:
-        raise UnroutableError(f"{doing}: no queue takes it") from exc
-    except rmq.DeliveryError as exc:
-        raise BrokerUnavailableError(f"{doing}: the broker did not take it (a queue is full or not available)") from exc
-    except TimeoutError as exc:
-        raise BrokerUnavailableError(f"{doing}: no answer in time") from exc
     except CONNECTION_EXCEPTIONS as exc:
-        raise BrokerUnavailableError(f"{doing}: {_reason(exc)}") from exc
+        raise _ours(doing, exc) from exc
+    except asyncio.CancelledError as exc:
+        # aiormq cancels what waits for a connection whose heartbeats stopped; a task group would take that for our own wish.
+        if _is_being_cancelled():
+            raise
+        raise BrokerUnavailableError(f"{doing}: the broker fell silent") from exc
 
 
-def _precondition(doing: str, exc: Exception) -> BrokerError:
-    text = str(exc)
+def _is_being_cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+def _ours(doing: str, exc: Exception) -> BrokerError:
+    text = f"{doing}: {_reason(exc)}"
+    match exc:
+        case rmq.ChannelNotFoundEntity():
+            return NotFoundError(text)
+        case rmq.ChannelLockedResource():
+            return QueueInUseError(text)
+        case rmq.ChannelAccessRefused():
+            return QueueInUseError(text) if "in exclusive use" in text else AccessRefusedError(text)
+        case rmq.ChannelPreconditionFailed():
+            return _precondition(text)
+        case rmq.PublishError():
+            return UnroutableError(f"{doing}: no queue takes it")
+        case rmq.DeliveryError():
+            return BrokerUnavailableError(f"{doing}: the broker did not take it (a queue is full or not available)")
+        case TimeoutError():
+            return BrokerUnavailableError(f"{doing}: no answer in time")
+        case _:
+            return BrokerUnavailableError(text)
+
+
+def _precondition(text: str) -> BrokerError:
     if "inequivalent" in text:
-        return TopologyConflictError(f"{doing}: it exists with other arguments: {text}")
-    if "size" in text:
-        return MessageTooLargeError(f"{doing}: {text}")
+        return TopologyConflictError(f"it exists with other arguments: {text}")
+    if "message size" in text:
+        return MessageTooLargeError(text)
     if "user_id" in text:
-        return AccessRefusedError(f"{doing}: {text}")
-    return BrokerUnavailableError(f"{doing}: {text}")
+        return AccessRefusedError(text)
+    return BrokerUnavailableError(text)
 
 
 class AmqpTransport:
@@ -156,7 +195,7 @@ class AmqpTransport:
         exchange = await self._exchange(message.exchange)
         outgoing = aio_pika.Message(
             message.body,
-            headers=dict(message.headers),
+            headers=_sendable(message.headers),
             message_id=message.message_id or None,
             user_id=self.user,
             content_type="application/msgpack",
@@ -184,7 +223,7 @@ class AmqpTransport:
         self, queue: str, *, prefetch: int, name: str, exclusive: bool = False
     ) -> AsyncIterator["AmqpSubscription"]:
         async with self._channel_for(prefetch) as channel:
-            subscription = AmqpSubscription(channel, what=queue, acknowledge_at_once=False)
+            subscription = AmqpSubscription(channel, what=queue, acknowledges_itself=False)
             with _mapped(f"consuming {queue}"):
                 source = await channel.get_queue(queue, ensure=False)
                 await subscription.start(source, name=name, exclusive=exclusive)
@@ -193,16 +232,26 @@ class AmqpTransport:
     @asynccontextmanager
     async def follow(self, log: str, *, start: Start, name: str) -> AsyncIterator["AmqpSubscription"]:
         async with self._channel_for(_LOG_PREFETCH) as channel:
-            subscription = AmqpSubscription(channel, what=log, acknowledge_at_once=True)
+            subscription = AmqpSubscription(channel, what=log, acknowledges_itself=True)
             with _mapped(f"following {log}"):
                 source = await channel.get_queue(log, ensure=False)
                 await subscription.start(source, name=name, arguments={"x-stream-offset": start})
             yield subscription
 
     @asynccontextmanager
+    async def hold(self, name: str) -> AsyncIterator[None]:
+        """By an exclusive queue, which belongs to its connection."""
+        async with self._channel_for(1) as channel:
+            with _mapped(f"holding {name}"):
+                lock = await channel.declare_queue(name, exclusive=True, durable=False)
+            yield
+            with _mapped(f"letting go of {name}"):
+                await lock.delete()
+
+    @asynccontextmanager
     async def listen(self, exchange: str, *, routing_key: str = "", name: str) -> AsyncIterator["AmqpSubscription"]:
         async with self._channel_for(_LOG_PREFETCH) as channel:
-            subscription = AmqpSubscription(channel, what=exchange, acknowledge_at_once=True)
+            subscription = AmqpSubscription(channel, what=exchange, acknowledges_itself=True)
             with _mapped(f"listening to {exchange}"):
                 own = await channel.declare_queue(exclusive=True, auto_delete=True)
                 await own.bind(exchange, routing_key=routing_key)
@@ -217,22 +266,24 @@ class AmqpTransport:
         try:
             yield channel
         finally:
-            try:
-                async with asyncio.timeout(5):
-                    await channel.close()
-            except (*CONNECTION_EXCEPTIONS, TimeoutError):
-                pass  # The broker closed it first, or is gone; either way it is closed.
+            await _close(channel)
 
 
 @dataclass(slots=True, eq=False)
 class AmqpSubscription:
-    """Deliveries wait in a queue of our own, which the prefetch bounds: aio-pika would start a task for each."""
+    """Deliveries wait in a queue of our own, which the prefetch bounds.
+
+    Of a log or an own queue, what was received is acknowledged when the next one is asked for, and not behind the reader's back:
+    RabbitMQ closes the whole connection over an acknowledgement that comes after its channel was closed.
+    """
 
     channel: AbstractChannel
     what: str
-    acknowledge_at_once: bool
+    acknowledges_itself: bool
     _inbox: asyncio.Queue[Delivery | BrokerError] = field(default_factory=asyncio.Queue)
     _underlay: aiormq.abc.AbstractChannel | None = None
+    _taken_tag: int = 0
+    """The last one received and not acknowledged yet."""
 
     async def start(
         self,
@@ -248,16 +299,13 @@ class AmqpSubscription:
         await source.consume(self._on_message, exclusive=exclusive, consumer_tag=name, arguments=dict(arguments or {}))
 
     async def receive(self) -> Delivery:
-        return await self._checked(await self._inbox.get())
+        if self.acknowledges_itself and self._taken_tag:
+            await self.acknowledge(self._taken_tag, multiple=True)
+            self._taken_tag = 0
+        return self._taken(await self._inbox.get())
 
     def receive_nowait(self) -> Delivery | None:
-        if self._inbox.empty():
-            return None
-        item = self._inbox.get_nowait()
-        if isinstance(item, BrokerError):
-            self._inbox.put_nowait(item)
-            raise item
-        return item
+        return None if self._inbox.empty() else self._taken(self._inbox.get_nowait())
 
     async def acknowledge(self, tag: int, *, multiple: bool = False) -> None:
         with _mapped(f"acknowledging on {self.what}"):
@@ -267,10 +315,11 @@ class AmqpSubscription:
         with _mapped(f"rejecting on {self.what}"):
             await self._open_underlay().basic_reject(tag, requeue=requeue, wait=False)
 
-    async def _checked(self, item: Delivery | BrokerError) -> Delivery:
+    def _taken(self, item: Delivery | BrokerError) -> Delivery:
         if isinstance(item, BrokerError):
             self._inbox.put_nowait(item)
             raise item
+        self._taken_tag = item.tag
         return item
 
     def _open_underlay(self) -> aiormq.abc.AbstractChannel:
@@ -279,11 +328,7 @@ class AmqpSubscription:
         return self._underlay
 
     async def _on_message(self, message: AbstractIncomingMessage) -> None:
-        delivery = _delivery(message)
-        if self.acknowledge_at_once:
-            with _mapped(f"acknowledging on {self.what}"):
-                await self.acknowledge(delivery.tag)
-        self._inbox.put_nowait(delivery)
+        self._inbox.put_nowait(_delivery(message))
 
     def _on_cancel(self, _: object) -> None:
         self._inbox.put_nowait(BrokerUnavailableError(f"the broker ended the subscription to {self.what}: was it deleted?"))
@@ -292,6 +337,21 @@ class AmqpSubscription:
         self._inbox.put_nowait(
             BrokerUnavailableError(f"the subscription to {self.what} was lost: {_reason(exc or BrokerError('closed'))}")
         )
+
+
+def _sendable(headers: Mapping[str, Header]) -> HeadersType:
+    """pamqp writes a float in 4 bytes: one that needs 8 goes as its text, not as another number or as an error."""
+    return {
+        key: repr(value) if isinstance(value, float) and not _fits_4_bytes(value) else value for key, value in headers.items()
+    }
+
+
+def _fits_4_bytes(value: float) -> bool:
+    try:
+        (same,) = struct.unpack(">f", struct.pack(">f", value))
+    except OverflowError:
+        return False
+    return bool(same == value)
 
 
 def _delivery(message: AbstractIncomingMessage) -> Delivery:

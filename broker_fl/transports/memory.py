@@ -15,6 +15,7 @@ from itertools import count
 
 from broker_fl.errors import (
     AccessRefusedError,
+    AuthenticationError,
     BrokerUnavailableError,
     MessageTooLargeError,
     NotFoundError,
@@ -42,10 +43,18 @@ class _Consumer:
 
     name: str
     prefetch: int
-    exclusive: bool
+    exclusive: bool = False
+    settles: bool = True
+    """Whether it says what is settled; else everything is, as soon as it was handed over."""
+    is_open: bool = True
     inbox: asyncio.Queue[Delivery | None] = field(default_factory=asyncio.Queue)
     unsettled: dict[int, _Stored] = field(default_factory=dict)
     tags: Iterator[int] = field(default_factory=lambda: count(1))
+
+    def close(self) -> None:
+        self.is_open = False
+        self.unsettled.clear()
+        self.inbox.put_nowait(None)
 
 
 @dataclass(slots=True)
@@ -55,6 +64,7 @@ class _Queue:
     consumers: list[_Consumer] = field(default_factory=list)
     log: list[Delivery] = field(default_factory=list)
     grown: asyncio.Event = field(default_factory=asyncio.Event)
+    is_deleted: bool = False
 
 
 class MemoryBroker:
@@ -68,6 +78,7 @@ class MemoryBroker:
         self._transports: dict[int, MemoryTransport] = {}
         self._numbers = count(1)
         self._offsets = count(1)
+        self.holders: dict[str, MemoryTransport] = {}
         self.is_up = True
 
     @asynccontextmanager
@@ -76,7 +87,7 @@ class MemoryBroker:
         if not self.is_up:
             raise BrokerUnavailableError("the in-memory broker is stopped")
         if user != "admin" and user not in self.users:
-            raise AccessRefusedError(f"the in-memory broker knows no user {user!r}")
+            raise AuthenticationError(f"the in-memory broker knows no user {user!r}")
         number = next(self._numbers)
         transport = MemoryTransport(self, user=user, name=name)
         self._transports[number] = transport
@@ -122,8 +133,12 @@ class MemoryBroker:
             self._bindings.add(binding)
 
     def delete_queue(self, name: str) -> None:
-        for consumer in self._queues.pop(name).consumers:
-            consumer.inbox.put_nowait(None)
+        queue = self._queues.pop(name)
+        queue.is_deleted = True
+        queue.grown.set()
+        for consumer in queue.consumers:
+            consumer.close()
+        queue.consumers.clear()
         self._bindings = {binding for binding in self._bindings if binding.queue != name}
 
     def queue(self, name: str) -> _Queue:
@@ -143,20 +158,27 @@ class MemoryBroker:
             self._store(self._queues[name], _Stored(delivery))
         return len(targets)
 
-    def wake_followers(self) -> None:
-        for queue in self._queues.values():
-            queue.grown.set()
-
     def new_name(self, prefix: str) -> str:
         return f"{prefix}.{next(self._numbers)}"
 
+    def detach(self, queue: _Queue, consumer: _Consumer) -> None:
+        """What it has not settled goes back."""
+        unsettled = list(consumer.unsettled.values())
+        consumer.close()
+        if consumer in queue.consumers:
+            queue.consumers.remove(consumer)
+            self.give_back(queue, unsettled)
+
     def dispatch(self, queue: _Queue) -> None:
+        if not self.is_up:
+            return
         single = queue.spec.arguments.get("x-single-active-consumer", False)
         for consumer in queue.consumers[:1] if single else queue.consumers:
             while queue.ready and len(consumer.unsettled) < consumer.prefetch:
                 stored = queue.ready.popleft()
                 tag = next(consumer.tags)
-                consumer.unsettled[tag] = stored
+                if consumer.settles:
+                    consumer.unsettled[tag] = stored
                 consumer.inbox.put_nowait(replace(stored.delivery, tag=tag, redelivered=stored.returns > 0))
 
     def give_back(self, queue: _Queue, stored: list[_Stored]) -> None:
@@ -215,8 +237,17 @@ def _matches(exchange: Exchange, pattern: str, routing_key: str) -> bool:
         return True
     if exchange.kind == "direct":
         return pattern == routing_key
-    words = [{"*": r"[^.]+", "#": r".*"}.get(word, re.escape(word)) for word in pattern.split(".")]
-    return re.fullmatch(r"\.".join(words).replace(r"\..*", r"(\..*)?"), routing_key) is not None
+    return _words_match(pattern.split("."), routing_key.split(".") if routing_key else [])
+
+
+def _words_match(pattern: list[str], words: list[str]) -> bool:
+    """`*` is one word, `#` any number of them."""
+    if not pattern:
+        return not words
+    head, *rest = pattern
+    if head == "#":
+        return any(_words_match(rest, words[skipped:]) for skipped in range(len(words) + 1))
+    return bool(words) and head in ("*", words[0]) and _words_match(rest, words[1:])
 
 
 class MemoryTransport:
@@ -225,8 +256,9 @@ class MemoryTransport:
         self._user = user
         self.name = name
         self._permissions = broker.permissions(user)
-        self._consumers: list[_Consumer] = []
-        self._lost = asyncio.Event()
+        self._queues_by_consumer: dict[_Consumer, _Queue] = {}
+        self._feeds: list[MemoryFeed] = []
+        self._is_lost = False
 
     @property
     def user(self) -> str:
@@ -234,15 +266,25 @@ class MemoryTransport:
 
     def cut(self) -> None:
         """The connection is gone."""
-        self._lost.set()
-        self._broker.wake_followers()
-        for consumer in self._consumers:
-            consumer.inbox.put_nowait(None)
+        self._is_lost = True
+        for feed in self._feeds:
+            feed.close()
+        for consumer, queue in self._queues_by_consumer.items():
+            self._broker.detach(queue, consumer)
+        for name in list(self._broker.holders):
+            self._let_go(name)
+
+    def _let_go(self, name: str) -> None:
+        if self._broker.holders.get(name) is self:
+            del self._broker.holders[name]
 
     async def declare(self, topology: Topology) -> None:
         self._alive()
         for name in [exchange.name for exchange in topology.exchanges] + [queue.name for queue in topology.queues]:
             self._allow("configure", self._permissions.configure, name)
+        for binding in topology.bindings:
+            self._allow("write", self._permissions.write, binding.queue)
+            self._allow("read", self._permissions.read, binding.exchange)
         self._broker.declare(topology)
 
     async def publish(self, message: Message) -> None:
@@ -276,24 +318,44 @@ class MemoryTransport:
         state = self._broker.queue(queue)
         if any(other.exclusive for other in state.consumers) or (exclusive and state.consumers):
             raise QueueInUseError(f"queue {queue!r} is held by another consumer alone")
-        consumer = _Consumer(name, prefetch, exclusive)
-        state.consumers.append(consumer)
-        self._consumers.append(consumer)
-        self._broker.dispatch(state)
+        async with self._attached(state, _Consumer(name, prefetch, exclusive)) as subscription:
+            yield subscription
+
+    @asynccontextmanager
+    async def _attached(self, queue: _Queue, consumer: _Consumer) -> AsyncIterator["MemorySubscription"]:
+        queue.consumers.append(consumer)
+        self._queues_by_consumer[consumer] = queue
+        self._broker.dispatch(queue)
         try:
-            yield MemorySubscription(self._broker, state, consumer)
+            yield MemorySubscription(self._broker, queue, consumer)
         finally:
-            self._consumers.remove(consumer)
-            if consumer in state.consumers:
-                state.consumers.remove(consumer)
-                self._broker.give_back(state, list(consumer.unsettled.values()))
+            del self._queues_by_consumer[consumer]
+            self._broker.detach(queue, consumer)
 
     @asynccontextmanager
     async def follow(self, log: str, *, start: Start, name: str) -> AsyncIterator["MemoryFeed"]:  # noqa: ARG002
         self._alive()
         self._allow("read", self._permissions.read, log)
         state = self._broker.queue(log)
-        yield MemoryFeed(state, self._lost, next_offset=_first_offset(state.log, start))
+        feed = MemoryFeed(state, next_offset=_first_offset(state.log, start))
+        self._feeds.append(feed)
+        try:
+            yield feed
+        finally:
+            self._feeds.remove(feed)
+            feed.close()
+
+    @asynccontextmanager
+    async def hold(self, name: str) -> AsyncIterator[None]:
+        self._alive()
+        self._allow("configure", self._permissions.configure, name)
+        if name in self._broker.holders:
+            raise QueueInUseError(f"{name!r} is held by another connection")
+        self._broker.holders[name] = self
+        try:
+            yield
+        finally:
+            self._let_go(name)
 
     @asynccontextmanager
     async def listen(self, exchange: str, *, routing_key: str = "", name: str) -> AsyncIterator["MemorySubscription"]:
@@ -301,14 +363,15 @@ class MemoryTransport:
         self._allow("read", self._permissions.read, exchange)
         queue = Queue(self._broker.new_name(f"listen.{name}"), "classic")
         self._broker.declare(Topology(queues=(queue,), bindings=(Binding(exchange, queue.name, routing_key),)))
+        consumer = _Consumer(name, prefetch=1, settles=False)
         try:
-            async with self.consume(queue.name, prefetch=1 << 30, name=name) as subscription:
+            async with self._attached(self._broker.queue(queue.name), consumer) as subscription:
                 yield subscription
         finally:
             self._broker.delete_queue(queue.name)
 
     def _alive(self) -> None:
-        if self._lost.is_set():
+        if self._is_lost:
             raise BrokerUnavailableError("the connection to the in-memory broker is gone")
 
     def _allow(self, right: str, pattern: str, name: str) -> None:
@@ -338,11 +401,13 @@ class MemorySubscription:
         return None if self._consumer.inbox.empty() else self._checked(self._consumer.inbox.get_nowait())
 
     async def acknowledge(self, tag: int, *, multiple: bool = False) -> None:
+        self._alive()
         for settled in [known for known in self._consumer.unsettled if known == tag or (multiple and known < tag)]:
             del self._consumer.unsettled[settled]
         self._broker.dispatch(self._queue)
 
     async def reject(self, tag: int, *, requeue: bool) -> None:
+        self._alive()
         stored = self._consumer.unsettled.pop(tag)
         if requeue:
             self._broker.give_back(self._queue, [stored])
@@ -350,30 +415,36 @@ class MemorySubscription:
             self._broker.dead_letter(self._queue, stored, reason="rejected")
             self._broker.dispatch(self._queue)
 
+    def _alive(self) -> None:
+        if not self._consumer.is_open:
+            raise BrokerUnavailableError(f"the subscription to {self._queue.spec.name} is closed, or its connection lost")
+
     def _checked(self, delivery: Delivery | None) -> Delivery:
         if delivery is None:
             self._consumer.inbox.put_nowait(None)
-            raise BrokerUnavailableError("the in-memory broker closed the subscription")
+            raise BrokerUnavailableError(f"the subscription to {self._queue.spec.name} was closed, lost or its queue deleted")
         return delivery
 
 
 class MemoryFeed:
-    def __init__(self, queue: _Queue, lost: asyncio.Event, *, next_offset: int) -> None:
+    def __init__(self, queue: _Queue, *, next_offset: int) -> None:
         self._queue = queue
-        self._lost = lost
         self._next_offset = next_offset
+        self._is_open = True
+
+    def close(self) -> None:
+        self._is_open = False
+        self._queue.grown.set()
 
     async def receive(self) -> Delivery:
-        while True:
-            if self._lost.is_set():
-                raise BrokerUnavailableError("the connection to the in-memory broker is gone")
-            delivery = self.receive_nowait()
-            if delivery is not None:
-                return delivery
+        while (delivery := self.receive_nowait()) is None:
             self._queue.grown.clear()
             await self._queue.grown.wait()
+        return delivery
 
     def receive_nowait(self) -> Delivery | None:
+        if not self._is_open or self._queue.is_deleted:
+            raise BrokerUnavailableError(f"the log {self._queue.spec.name} was deleted, or its connection lost")
         for delivery in self._queue.log:
             if delivery.offset is not None and delivery.offset >= self._next_offset:
                 self._next_offset = delivery.offset + 1

@@ -82,6 +82,12 @@ class Transport(Protocol):
     def follow(self, log: str, *, start: Start, name: str) -> AbstractAsyncContextManager[Feed]:
         """A log from `start` on. `last` may begin some messages before the last one."""
 
+    def hold(self, name: str) -> AbstractAsyncContextManager[None]:
+        """A name that one connection at a time can hold; it is free again when the connection is gone, however that went.
+
+        Raises QueueInUseError while another one holds it.
+        """
+
     def listen(self, exchange: str, *, routing_key: str = "", name: str) -> AbstractAsyncContextManager[Feed]:
         """What is published from now on, through a queue of its own that goes when it closes."""
 
