@@ -21,6 +21,10 @@ from schemas.receipt import Reason
 from schemas.update import ModelUpdate
 
 
+MAX_MAGNITUDE = 1e6
+"""Of a delta's element. No trained weight comes near it, and no number of merges within it can make the model overflow."""
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What this federation takes."""
@@ -106,6 +110,9 @@ def _misaddressed(update: ModelUpdate, sender: Sender, limits: Limits) -> Refuse
 def _out_of_bounds(delta: Delta, limits: Limits) -> Refused | None:
     if not delta.is_finite():
         return Refused("non_finite", "holds NaN or infinity")
+    largest = delta.largest()
+    if largest > MAX_MAGNITUDE:
+        return Refused("bounds", f"holds a value of magnitude {largest:.3g}: {MAX_MAGNITUDE:g} is the most")
     if limits.max_update_norm is not None and delta.norm() > limits.max_update_norm:
         return Refused("bounds", f"its norm {delta.norm():.4g} is over this federation's {limits.max_update_norm:g}")
     return None

@@ -11,6 +11,8 @@ from schemas import wire
 from schemas.frame import ModelFrame, TrainingPlan
 from schemas.manifest import Manifest
 
+_EXACT = parse_codec("float32")
+
 
 @dataclass(frozen=True, slots=True)
 class BroadcastPlan:
@@ -61,7 +63,7 @@ def make_frame(plan: BroadcastPlan, model: Vector, *, version: int, number: int,
         at=at,
         version=version,
         digest=frame.digest,
-        model_digest=digest(model),
+        model_digest=frame.digest if codec == _EXACT else digest(model),
         codec=codec.name,
         over=over,
         size=len(body),

@@ -1,5 +1,5 @@
-"""Evaluation of new versions on a held-out set, in a process of its own: it binds its own queue to the broadcasts, so that
-however long it takes, the aggregator never waits for it.
+"""Evaluation of new versions on a held-out set, in a process of its own: it follows the log of the broadcasts as workers do, so
+that however long it takes, the aggregator never waits for it.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ import structlog
 from broker_fl.errors import BrokerUnavailableError, DecodeError, PublishTimeoutError, first_of
 from broker_fl.parameters import Vector
 from broker_fl.topology import Names
-from broker_fl.transports.model_log import LatestBody, ReceivedModel, follow_frames, open_frame, whole_messages
+from broker_fl.transports.model_log import LatestBody, ReceivedModel, follow_frames, open_frame
 from broker_fl.transports.retry import Backoff
 from broker_fl.transports.transport import Connect, Message, Transport
 from schemas import wire
@@ -21,8 +21,6 @@ from schemas.event import Event
 from schemas.manifest import Manifest
 
 log = structlog.get_logger(__name__)
-
-_LOG_WAIT_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,31 +69,18 @@ class Evaluator:
         bodies = LatestBody()
         async with asyncio.TaskGroup() as group:
             tasks = [
-                group.create_task(self._listen(transport, bodies)),
+                group.create_task(self._follow(transport, bodies)),
                 group.create_task(self._evaluate_frames(transport, bodies)),
             ]
             await self._ended.wait()
             for task in tasks:
                 task.cancel()
 
-    async def _listen(self, transport: Transport, bodies: LatestBody) -> None:
-        """Its own queue first, then what was broadcast before that was bound."""
-        async with transport.listen(self._names.model, name="evaluator") as feed:
-            await self._read_log(transport, bodies)
-            async for body in whole_messages(feed):
+    async def _follow(self, transport: Transport, bodies: LatestBody) -> None:
+        # Not a queue of its own beside the log: what the log gives first may be older than the newest frame.
+        async with aclosing(follow_frames(transport, self._names.model_log, name="evaluator")) as frames:
+            async for body in frames:
                 bodies.put(body)
-
-    async def _read_log(self, transport: Transport, bodies: LatestBody) -> None:
-        try:
-            async with (
-                asyncio.timeout(_LOG_WAIT_S),
-                aclosing(follow_frames(transport, self._names.model_log, name="evaluator-log")) as frames,
-            ):
-                async for body in frames:
-                    bodies.put(body)
-                    return
-        except TimeoutError:
-            return  # Nothing was broadcast yet.
 
     async def _evaluate_frames(self, transport: Transport, bodies: LatestBody) -> None:
         while True:
@@ -109,8 +94,9 @@ class Evaluator:
                 continue
             began = self._clock()
             score = await asyncio.to_thread(self._evaluate, received.model)
-            self._newest = received
             await self._report(transport, received, score, seconds=self._clock() - began)
+            # Only now: a score that was lost with the broker is told after the next connection.
+            self._newest = received
             if received.frame.over:
                 self._ended.set()
 

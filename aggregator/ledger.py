@@ -275,6 +275,10 @@ class Ledger:
         rows = self._connection.execute(select(PARTS).where(same).order_by(PARTS.c.part)).mappings().all()
         return [PartRow(**row) for row in rows]
 
+    def parts_held(self, party: str, update_id: str) -> int:
+        same = (PARTS.c.party == party) & (PARTS.c.update_id == update_id)
+        return int(self._connection.execute(select(func.count()).select_from(PARTS).where(same)).scalar_one())
+
     def half_sent(self, party: str) -> dict[str, dict[int, int]]:
         """Bytes spooled by part, by update id."""
         query = select(PARTS.c.update_id, PARTS.c.part, func.length(PARTS.c.body)).where(PARTS.c.party == party)

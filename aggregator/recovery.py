@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from aggregator.admission import payload_digest
 from aggregator.broadcast import received_model
 from aggregator.ledger import Entry, Ledger
 from aggregator.merging.fold import Contribution, State, Strategy, remember_base
@@ -71,9 +72,11 @@ def replay(ledger: Ledger, manifest: Manifest, *, start: Recovered) -> Iterator[
     strategy = build_strategy(start.merging)
     current = start
     bases = _Bases(ledger, manifest)
-    current = replace(current, state=bases.add(strategy, current.state))
+    current = replace(current, state=bases.renew(strategy, current.state))
     yield current
     for entry in ledger.entries_after(start.seq):
+        if entry.seq != current.seq + 1:
+            raise DamagedError(f"{ledger.name}: entry {current.seq + 1} is missing; restore it from a backup")
         state, merging = current.state, current.merging
         if entry.kind == "merging":
             merging = MergingSettings.model_validate_json(entry.payload or b"")
@@ -93,13 +96,22 @@ def replay(ledger: Ledger, manifest: Manifest, *, start: Recovered) -> Iterator[
 def _apply(strategy: Strategy, state: State, entry: Entry, manifest: Manifest, ledger: Ledger) -> State:
     if entry.payload is None or entry.codec is None or entry.base_version is None or entry.party is None:
         raise DamagedError(f"{ledger.name}: entry {entry.seq} lacks what was merged; restore it from a backup")
+    check_payload(ledger, entry)
     try:
         delta = decode(entry.payload, parse_codec(entry.codec), manifest=manifest)
     except BrokerFLError as exc:
         raise DamagedError(f"{ledger.name}: the payload of entry {entry.seq} is damaged: {exc}") from exc
     contribution = Contribution(entry.party, delta, entry.base_version, entry.num_samples or 1)
-    state, _ = strategy.apply(state, contribution)
+    state, outcome = strategy.apply(state, contribution)
+    recorded = (entry.outcome, entry.staleness, entry.weight)
+    if recorded != (outcome.kind, outcome.staleness, outcome.weight):
+        raise DamagedError(f"{ledger.name}: entry {entry.seq} was not merged as it says; restore it from a backup")
     return state
+
+
+def check_payload(ledger: Ledger, entry: Entry) -> None:
+    if entry.payload_digest is not None and payload_digest(entry.payload or b"") != entry.payload_digest:
+        raise DamagedError(f"{ledger.name}: the payload of entry {entry.seq} differs from its digest; restore it from a backup")
 
 
 class _Bases:
@@ -108,6 +120,10 @@ class _Bases:
     def __init__(self, ledger: Ledger, manifest: Manifest) -> None:
         self._manifest = manifest
         self._codecs = {frame.version: frame.codec for frame in ledger.frames_from(0)}
+
+    def renew(self, strategy: Strategy, state: State) -> State:
+        """A snapshot's base of its own version is that of the frame before it; a later one may have had another codec."""
+        return self.add(strategy, replace(state, bases={v: base for v, base in state.bases.items() if v != state.version}))
 
     def add(self, strategy: Strategy, state: State) -> State:
         codec = self._codecs.get(state.version)

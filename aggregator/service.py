@@ -27,7 +27,7 @@ from broker_fl.errors import (
     first_of,
 )
 from broker_fl.topology import Names, Topology
-from broker_fl.transports.parts import part_of, split
+from broker_fl.transports.parts import PART, PARTS, part_of, split
 from broker_fl.transports.retry import Backoff
 from broker_fl.transports.transport import Connect, Delivery, Header, Message, Subscription, Transport
 from schemas import wire
@@ -88,14 +88,15 @@ class Aggregator:
         self._clock = clock
         self._seconds = seconds
         self._winding_down = asyncio.Event()
-        self._is_stopped = False
+        self._stopped = asyncio.Event()
         self._frame_waits = asyncio.Event()
+        self._failure: Exception | None = None
         self._ledger_thread = ThreadPoolExecutor(1, thread_name_prefix="ledger")
         self._decoders = ThreadPoolExecutor(2, thread_name_prefix="decode")
 
     def stop(self) -> None:
         """Cleanly: what was decided is answered, now or after the next start; what was not stays in the queue."""
-        self._is_stopped = True
+        self._stopped.set()
         self._winding_down.set()
 
     async def run(self, open_state: Callable[[], None]) -> None:
@@ -120,7 +121,7 @@ class Aggregator:
         """Until one ends by itself. A federation that is over stays until its last frame is out."""
         backoff = Backoff()
         was_up = is_done = False
-        while not (is_done or self._is_stopped):
+        while not (is_done or self._stopped.is_set()):
             try:
                 async with (
                     self._connect(f"aggregator:{self._names.federation}") as transport,
@@ -135,7 +136,8 @@ class Aggregator:
                     raise
                 # A broker that starts again may not know its vhost or queues for a while, or still know our last connection.
                 log.warning("broker lost, trying again", reason=str(first_of(lost)), wait_s=round(backoff.next_s, 1))
-                await backoff.wait(unless=self._winding_down)
+                # Not unless winding down: a federation that is over waits for its broker too, and must not do so without a pause.
+                await backoff.wait(unless=self._stopped)
 
     @asynccontextmanager
     async def _alone(self, transport: Transport) -> AsyncIterator[None]:
@@ -159,31 +161,36 @@ class Aggregator:
         if self._coordinator.is_over:
             return
         async with asyncio.TaskGroup() as group:
-            tasks = [
-                group.create_task(self._merge_updates(transport)),
+            others = [
                 group.create_task(self._publish_frames(transport)),
                 group.create_task(self._watch_accuracy(transport)),
                 group.create_task(self._tick()),
             ]
-            await self._winding_down.wait()
-            for task in tasks:
+            await self._merge_updates(transport)
+            for task in others:
                 task.cancel()
-        await self._publish_outbox(transport)
+        await self._publish_outbox(transport, with_last=True)
         await self._tell(transport, "aggregator.stopped", {"over": self._coordinator.is_over})
 
     async def _merge_updates(self, transport: Transport) -> None:
-        """Three stages that work at the same time; each group of messages passes through them in order."""
-        examined: asyncio.Queue[Examination] = asyncio.Queue(maxsize=2)
-        decided: asyncio.Queue[Decision] = asyncio.Queue(maxsize=2)
+        """Three stages that work at the same time; each group of messages passes through them in order.
+
+        Until winding down; then no message is taken any more, and what was decided is answered.
+        """
+        examined: asyncio.Queue[Examination | None] = asyncio.Queue(maxsize=2)
+        decided: asyncio.Queue[Decision | None] = asyncio.Queue(maxsize=2)
         async with (
             transport.consume(self._names.updates, prefetch=self._pace.prefetch, name="aggregator") as subscription,
             asyncio.TaskGroup() as group,
         ):
-            group.create_task(self._examine_groups(subscription, examined))
+            examining = group.create_task(self._examine_groups(subscription, examined))
             group.create_task(self._decide_groups(examined, decided))
             group.create_task(self._answer_groups(transport, subscription, decided))
+            await self._winding_down.wait()
+            examining.cancel()
+            await examined.put(None)
 
-    async def _examine_groups(self, subscription: Subscription, examined: asyncio.Queue[Examination]) -> None:
+    async def _examine_groups(self, subscription: Subscription, examined: asyncio.Queue[Examination | None]) -> None:
         loop = asyncio.get_running_loop()
         while True:
             deliveries = await self._next_group(subscription)
@@ -202,17 +209,18 @@ class Aggregator:
             return group
         return group
 
-    async def _decide_groups(self, examined: asyncio.Queue[Examination], decided: asyncio.Queue[Decision]) -> None:
-        while True:
-            group = await examined.get()
+    async def _decide_groups(self, examined: asyncio.Queue[Examination | None], decided: asyncio.Queue[Decision | None]) -> None:
+        while (group := await examined.get()) is not None:
             verdicts = await self._in_ledger(self._coordinator.decide, group.arrivals)
             self._frame_waits.set()
             await decided.put(Decision(group.deliveries, verdicts))
+        await decided.put(None)
 
-    async def _answer_groups(self, transport: Transport, subscription: Subscription, decided: asyncio.Queue[Decision]) -> None:
+    async def _answer_groups(
+        self, transport: Transport, subscription: Subscription, decided: asyncio.Queue[Decision | None]
+    ) -> None:
         """Receipts and quarantine first, then the acknowledgement: after a crash in between, they are sent again."""
-        while True:
-            group = await decided.get()
+        while (group := await decided.get()) is not None:
             answered = list(zip(group.deliveries, group.verdicts, strict=False))
             await asyncio.gather(*(self._answer(transport, delivery, verdict) for delivery, verdict in answered))
             if answered:
@@ -244,11 +252,12 @@ class Aggregator:
     async def _publish_frames(self, transport: Transport) -> None:
         while True:
             self._frame_waits.clear()
-            await self._publish_outbox(transport)
+            await self._publish_outbox(transport, with_last=False)
             await self._frame_waits.wait()
 
-    async def _publish_outbox(self, transport: Transport) -> None:
-        while (frame := await self._in_ledger(self._coordinator.unpublished)) is not None:
+    async def _publish_outbox(self, transport: Transport, *, with_last: bool) -> None:
+        """The federation's last frame goes out after all receipts, since workers end with it."""
+        while (frame := await self._in_ledger(self._coordinator.unpublished)) is not None and (with_last or not frame.over):
             await self._publish_frame(transport, frame)
 
     async def _publish_frame(self, transport: Transport, frame: FrameRow) -> None:
@@ -288,7 +297,7 @@ class Aggregator:
                     log.warning("event left out", reason=str(exc), user=delivery.user_id)
                     continue
                 accuracy = event.facts.get("accuracy")
-                if isinstance(accuracy, float) and self._coordinator.goal_reached(accuracy):
+                if isinstance(accuracy, float | int) and self._coordinator.goal_reached(accuracy):
                     log.info("goal reached", version=event.version, accuracy=round(accuracy, 4))
                     await self._finish()
 
@@ -296,6 +305,9 @@ class Aggregator:
         while True:
             await self._in_ledger(self._coordinator.tick)
             self._frame_waits.set()
+            # A buffer that was merged by its timeout may have made the last version, and no update may come any more.
+            if self._coordinator.goal_reached():
+                await self._finish()
             await asyncio.sleep(self._pace.tick_s)
 
     async def _finish(self) -> None:
@@ -328,7 +340,18 @@ class Aggregator:
         await transport.publish(Message(self._names.events, wire.encode(event), routing_key=kind, mandatory=False))
 
     async def _in_ledger(self, call: Callable[..., Result], *arguments: object) -> Result:
-        return await asyncio.get_running_loop().run_in_executor(self._ledger_thread, call, *arguments)
+        return await asyncio.get_running_loop().run_in_executor(self._ledger_thread, self._guarded, call, arguments)
+
+    def _guarded(self, call: Callable[..., Result], arguments: tuple[object, ...]) -> Result:
+        """In the ledger's thread. After a failure the model in memory may be ahead of the ledger: nothing is done any more, even
+        where nobody waited for what failed, as when the broker was lost meanwhile."""
+        if self._failure is not None:
+            raise self._failure
+        try:
+            return call(*arguments)
+        except Exception as exc:
+            self._failure = exc
+            raise
 
 
 def arrive(delivery: Delivery, limits: Limits) -> Arrival:
@@ -369,12 +392,21 @@ def _facts(verdict: Verdict) -> UpdateFacts:
     )
 
 
+_KEPT_HEADERS = ("x-fl-party", "x-fl-sequence", "x-fl-base-version", "x-fl-codec", "x-fl-bytes", PART, PARTS)
+_HEADER_LENGTH = 200
+
+
 def _quarantined(names: Names, delivery: Delivery, refused: Refused) -> Message:
-    headers: dict[str, Header] = {
-        **delivery.headers,
+    """With known headers only, and short ones: all headers together must fit one frame, or the broker closes our connection."""
+    headers: dict[str, Header] = {key: _short(delivery.headers[key]) for key in _KEPT_HEADERS if key in delivery.headers}
+    headers |= {
         "x-fl-reason": refused.reason,
-        "x-fl-detail": refused.detail,
+        "x-fl-detail": _short(refused.detail),
         "x-fl-exchange": delivery.exchange,
         "x-fl-user": delivery.user_id or "",
     }
     return Message(names.quarantine, delivery.body, message_id=delivery.message_id, headers=headers)
+
+
+def _short(value: Header) -> Header:
+    return value[:_HEADER_LENGTH] if isinstance(value, str) else value

@@ -55,7 +55,7 @@ class Snapshots:
         return Stored(file, hashlib.sha256(data).hexdigest())
 
     def read(self, stored: Stored) -> State:
-        """Raises DamagedError naming the file if it is not, to the last bit, what was written; StorageError if it can't be read."""
+        """Raises DamagedError naming the file if it is not, to the last bit, what was written, and StorageError."""
         path = f"{self._root}/{stored.file}"
         with storage_errors(path):
             try:

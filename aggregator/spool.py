@@ -39,9 +39,9 @@ class Spool:
                 body=part.body,
             )
         )
-        rows = self._ledger.parts(sender.party, sender.update_id)
-        if len(rows) < place.parts:
+        if self._ledger.parts_held(sender.party, sender.update_id) < place.parts:
             return None
+        rows = self._ledger.parts(sender.party, sender.update_id)
         self.drop(sender)
         try:
             return join([row.body for row in rows], place)

@@ -3,12 +3,13 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from aggregator.admission import payload_digest
-from aggregator.ledger import Entry, FrameRow, Ledger, SnapshotRow
-from aggregator.recovery import Recovered, expect_digest, manifest_of_ledger, merging_at, replay
+from aggregator.broadcast import received_model
+from aggregator.ledger import FrameRow, Ledger, SnapshotRow
+from aggregator.recovery import Recovered, check_payload, expect_digest, manifest_of_ledger, merging_at, replay
 from aggregator.snapshots import Snapshots, Stored
 from broker_fl.errors import DamagedError
-from broker_fl.parameters import digest
+from broker_fl.parameters import Vector, digest
+from schemas.manifest import Manifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,7 @@ def verify(ledger: Ledger, snapshots: Snapshots) -> Verified:
     pending = _Pending(iter(rows), iter(frames))
     last = start
     for reached in replay(ledger, manifest, start=start):
-        pending.check(ledger, snapshots, reached)
+        pending.check(ledger, snapshots, manifest, reached)
         last = reached
     pending.expect_nothing_left(ledger)
     counts = _count(ledger)
@@ -63,14 +64,16 @@ class _Pending:
         self._snapshot = next(snapshots, None)
         self._frame = next(frames, None)
 
-    def check(self, ledger: Ledger, snapshots: Snapshots, reached: Recovered) -> None:
+    def check(self, ledger: Ledger, snapshots: Snapshots, manifest: Manifest, reached: Recovered) -> None:
         model = reached.state.model
         while self._frame is not None and self._frame.version == reached.state.version:
             expect_digest(ledger, self._frame.version, expected=self._frame.model_digest, model=model)
+            _expect_received(ledger, self._frame, model, manifest)
             self._frame = next(self._frames, None)
         while self._snapshot is not None and self._snapshot.seq == reached.seq:
             stored = snapshots.read(Stored(self._snapshot.file, self._snapshot.sha256))
-            expect_digest(ledger, stored.version, expected=digest(stored.model), model=model)
+            if digest(stored.model) != digest(model):
+                raise DamagedError(f"{ledger.name}: snapshot {self._snapshot.file} is not of version {reached.state.version}")
             self._snapshot = next(self._snapshots, None)
 
     def expect_nothing_left(self, ledger: Ledger) -> None:
@@ -84,18 +87,19 @@ class _Pending:
             )
 
 
+def _expect_received(ledger: Ledger, frame: FrameRow, model: Vector, manifest: Manifest) -> None:
+    received = received_model(model, frame.codec, version=frame.version, manifest=manifest)
+    if digest(received) != frame.digest:
+        raise DamagedError(f"{ledger.name}: frame {frame.number} decodes to another model than its digest says")
+
+
 def _count(ledger: Ledger) -> dict[str, int]:
     counts: dict[str, int] = {}
     expected = 1
     for entry in ledger.entries_after(0):
         if entry.seq != expected:
             raise DamagedError(f"{ledger.name}: entry {expected} is missing; restore it from a backup")
-        _check_payload(ledger, entry)
+        check_payload(ledger, entry)
         counts[entry.outcome or entry.kind] = counts.get(entry.outcome or entry.kind, 0) + 1
         expected += 1
     return counts
-
-
-def _check_payload(ledger: Ledger, entry: Entry) -> None:
-    if entry.payload_digest is not None and payload_digest(entry.payload or b"") != entry.payload_digest:
-        raise DamagedError(f"{ledger.name}: the payload of entry {entry.seq} differs from its digest; restore it from a backup")

@@ -129,6 +129,13 @@ class CodecSettings(Section):
     up: str = "topk:0.01+int4"
     down: str = "float32"
 
+    @field_validator("down")
+    @classmethod
+    def _is_dense(cls, down: str) -> str:
+        if "+" in down:
+            raise ValueError(f"a broadcast holds the whole model: name a quantizer alone, as in int8, not {down!r}")
+        return down
+
 
 class AggregatorSettings(Section):
     state: Path = Path("broker-fl-state")
@@ -301,11 +308,12 @@ def _read_environment(environment: Mapping[str, str]) -> Values:
         if section not in SECTIONS or not key:
             known = [f"{ENVIRONMENT_PREFIX}{name.upper()}__KEY" for name in SECTIONS]
             raise ConfigurationError(f"unknown variable {variable}: {nearest(variable, known)}")
-        values.setdefault(section, {})[key] = _list_or_text(text)
+        values.setdefault(section, {})[key] = list_or_text(text)
     return values
 
 
-def _list_or_text(text: str) -> object:
+def list_or_text(text: str) -> object:
+    """JSON where it is a list; what is wrong with it otherwise is said by whoever checks the key."""
     if not text.startswith("["):
         return text
     try:

@@ -69,6 +69,7 @@ def write_enrolment(file: Path, settings: Settings, *, name: str, password: Secr
         "[broker]",
         _toml("url", own),
         _toml("max_message_bytes", settings.broker.max_message_bytes),
+        _toml("part_bytes", settings.broker.part_bytes),
         "",
         "[task]",
         *(_toml(key, value) for key, value in task.items()),

@@ -23,7 +23,7 @@ class ModelUpdate(Message):
     """The digest of the frame that the party trained from."""
     manifest_digest: Digest
     codec: Annotated[str, Field(max_length=64)]
-    num_samples: Annotated[int, Field(ge=1, lt=2**53)]
+    num_samples: Annotated[int, Field(ge=1, le=10**12)]
     num_steps: Annotated[int, Field(ge=1, lt=2**53)]
     train_loss: float
     payload: bytes

@@ -31,9 +31,8 @@ def encode(message: Message) -> bytes:
 
 def decode(kind: type[AnyMessage], body: bytes) -> AnyMessage:
     """Raises DecodeError for anything but one well-formed message of the kind."""
-    most = min(
-        MAX_CONTAINER_LENGTH, len(body)
-    )  # The room for a list is taken when its length is read: an entry has a byte at least.
+    # Room for a list is taken when its length is read; and an entry has a byte at least.
+    most = min(MAX_CONTAINER_LENGTH, len(body))
     try:
         fields = msgpack.unpackb(
             body,

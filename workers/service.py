@@ -33,7 +33,7 @@ from broker_fl.topology import Names
 from broker_fl.transports.model_log import LatestBody, ReceivedModel, follow_frames, open_frame
 from broker_fl.transports.parts import split
 from broker_fl.transports.retry import Backoff
-from broker_fl.transports.transport import Connect, Message, Subscription, Transport
+from broker_fl.transports.transport import Connect, Delivery, Message, Subscription, Transport
 from schemas import wire
 from schemas.frame import ModelFrame, TrainingPlan
 from schemas.manifest import Manifest
@@ -101,6 +101,7 @@ class Worker:
         self._left_out: tuple[str, int] | None = None
         self._changed = asyncio.Event()
         self._update_waits = asyncio.Event()
+        self._settling = asyncio.Lock()
         self._ended = asyncio.Event()
         self._stop_training = threading.Event()
         self._outbox_thread = ThreadPoolExecutor(1, thread_name_prefix="outbox")
@@ -162,7 +163,7 @@ class Worker:
             bodies = LatestBody()
             group.create_task(self._read_receipts(receipts))
             group.create_task(self._follow(transport, bodies))
-            group.create_task(self._take_frames(bodies))
+            group.create_task(self._take_frames(bodies, receipts))
             group.create_task(self._send_updates(transport))
 
     async def _follow(self, transport: Transport, latest: LatestBody) -> None:
@@ -172,7 +173,7 @@ class Worker:
                 latest.put(body)
                 await self._in_outbox(self._count, {"frames_received": 1, "bytes_down": len(body)})
 
-    async def _take_frames(self, latest: LatestBody) -> None:
+    async def _take_frames(self, latest: LatestBody, receipts: Subscription) -> None:
         while True:
             body = await latest.get()
             try:
@@ -188,11 +189,23 @@ class Worker:
                 log.info("model received", version=received.frame.version, bytes=len(body), over=received.frame.over)
                 if received.frame.over:
                     log.info("the federation is over", version=received.frame.version)
+                    self._stop_training.set()
+                    await self._read_last_receipts(receipts)
                     self.stop()
 
     async def _read_receipts(self, receipts: Subscription) -> None:
         while True:
-            delivery = await receipts.receive()
+            await self._take_receipt(receipts, await receipts.receive())
+
+    async def _read_last_receipts(self, receipts: Subscription) -> None:
+        """They were sent before the last frame: what is to come is here already."""
+        while (delivery := receipts.receive_nowait()) is not None:
+            await self._take_receipt(receipts, delivery)
+        async with self._settling:
+            return  # `_read_receipts` may have held one.
+
+    async def _take_receipt(self, receipts: Subscription, delivery: Delivery) -> None:
+        async with self._settling:
             try:
                 receipt = wire.decode(Receipt, delivery.body)
             except DecodeError as exc:

@@ -47,6 +47,8 @@ Flags = dict[str, dict[str, Any]]
 
 def flags_of(given: Mapping[str, object], sets: list[str] | None = None) -> Flags:
     """Nested settings from `section.key` names; None means not given. --set comes last."""
+    from broker_fl.config import list_or_text
+
     flags: Flags = {}
     for name, value in given.items():
         section, _, key = name.partition(".")
@@ -57,7 +59,7 @@ def flags_of(given: Mapping[str, object], sets: list[str] | None = None) -> Flag
         section, dot, key = name.partition(".")
         if not (equals and dot and section and key):
             raise typer.BadParameter(f"expected section.key=value, not {text!r}", param_hint="--set")
-        flags.setdefault(section.strip(), {})[key.strip()] = json.loads(value) if value.startswith("[") else value.strip()
+        flags.setdefault(section.strip(), {})[key.strip()] = list_or_text(value.strip())
     return flags
 
 

@@ -42,5 +42,9 @@ class Delta:
         """Euclidean, accumulated in float64."""
         return float(np.sqrt(np.dot(self.values.astype(np.float64), self.values)))
 
+    def largest(self) -> float:
+        """The largest magnitude."""
+        return float(max(self.values.max(initial=0.0), -self.values.min(initial=0.0)))
+
     def is_finite(self) -> bool:
         return bool(np.isfinite(self.values).all())

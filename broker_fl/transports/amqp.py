@@ -174,6 +174,7 @@ class AmqpTransport:
         self._consuming = consuming
         self._channel = channel
         self._exchanges: dict[str, AbstractExchange] = {}
+        self._publishing: dict[str, asyncio.Event] = {}
 
     @property
     def user(self) -> str:
@@ -203,7 +204,10 @@ class AmqpTransport:
         )
         try:
             with _mapped(f"publishing to {message.exchange}"):
-                async with asyncio.timeout(self._settings.publish_timeout_s) as deadline:
+                async with (
+                    asyncio.timeout(self._settings.publish_timeout_s) as deadline,
+                    self._one_at_a_time(message.message_id),
+                ):
                     await exchange.publish(outgoing, routing_key=message.routing_key, mandatory=message.mandatory)
         except BrokerUnavailableError as exc:
             if deadline.expired():
@@ -211,6 +215,20 @@ class AmqpTransport:
                     f"publishing to {message.exchange}: not confirmed within {self._settings.publish_timeout_s:g} s"
                 ) from exc
             raise
+
+    @asynccontextmanager
+    async def _one_at_a_time(self, message_id: str) -> AsyncIterator[None]:
+        """aiormq knows a returned message by its id alone: of two at once, the wrong one would be unroutable."""
+        while message_id in self._publishing:
+            await self._publishing[message_id].wait()
+        done = asyncio.Event()
+        if message_id:
+            self._publishing[message_id] = done
+        try:
+            yield
+        finally:
+            self._publishing.pop(message_id, None)
+            done.set()
 
     async def _exchange(self, name: str) -> AbstractExchange:
         if name not in self._exchanges:

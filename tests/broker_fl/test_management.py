@@ -87,7 +87,7 @@ async def test_overview_names_the_versions(vhost):
 
 @pytest.mark.rabbitmq
 async def test_topology_applied_twice_is_there_once(vhost):
-    wanted = topology.shared("digits", model_bytes=1 << 20)
+    wanted = topology.shared("digits")
     await vhost.management.apply(wanted)
     await vhost.management.apply(wanted)
     queues = {queue.name: queue.type for queue in await vhost.management.queues("fl.digits.")}
@@ -98,7 +98,7 @@ async def test_topology_applied_twice_is_there_once(vhost):
 async def test_queue_with_other_arguments_is_a_conflict(vhost):
     await vhost.management.apply(Topology(queues=(Queue("fl.digits.updates", "classic"),)))
     with pytest.raises(TopologyConflictError, match=r"fl\.digits\.updates"):
-        await vhost.management.apply(topology.shared("digits", model_bytes=1))
+        await vhost.management.apply(topology.shared("digits"))
 
 
 @pytest.mark.rabbitmq
@@ -106,6 +106,12 @@ async def test_exchange_of_another_kind_is_a_conflict(vhost):
     await vhost.management.apply(Topology(exchanges=(Exchange("x", "fanout"),)))
     with pytest.raises(TopologyConflictError):
         await vhost.management.apply(Topology(exchanges=(Exchange("x", "direct"),)))
+
+
+@pytest.mark.rabbitmq
+async def test_policies_applied_twice_are_accepted(vhost):
+    for _ in range(2):
+        await vhost.management.apply_policies(topology.policies("digits", model_bytes=1 << 20))
 
 
 @pytest.mark.rabbitmq
@@ -125,7 +131,7 @@ async def test_binding_from_an_exchange_that_is_not_there_is_not_found(vhost):
 
 @pytest.mark.rabbitmq
 async def test_message_published_to_a_party_exchange_is_counted_in_the_updates_queue(vhost):
-    await vhost.management.apply(topology.shared("digits", model_bytes=1))
+    await vhost.management.apply(topology.shared("digits"))
     await vhost.management.apply(topology.party("digits", "alice"))
     async with await aio_pika.connect(vhost.url) as connection, connection.channel() as channel:
         exchange = await channel.get_exchange(NAMES.up("alice"), ensure=False)
@@ -153,7 +159,7 @@ async def test_queues_are_read_over_all_pages_and_by_their_literal_prefix(vhost)
 
 @pytest.mark.rabbitmq
 async def test_party_publishes_to_its_own_exchange_alone(vhost, add_user):
-    await vhost.management.apply(topology.shared("digits", model_bytes=1))
+    await vhost.management.apply(topology.shared("digits"))
     alice, bob = await add_user(), await add_user()
     for party in (alice, bob):
         await vhost.management.apply(topology.party("digits", party))
@@ -210,7 +216,8 @@ async def test_connection_is_listed_by_the_name_it_gives_itself(vhost, rabbitmq)
 async def test_exchange_queue_and_policy_are_deleted_once(vhost):
     management = vhost.management
     policy = Policy("p", ".*", "queues", {"max-length": 1})
-    await management.apply(Topology((Exchange("x", "fanout"),), (Queue("q", "classic"),), (), (policy,)))
+    await management.apply(Topology((Exchange("x", "fanout"),), (Queue("q", "classic"),)))
+    await management.apply_policies([policy])
     for delete, name in (
         (management.delete_exchange, "x"),
         (management.delete_queue, "q"),
@@ -233,7 +240,7 @@ async def test_default_vhost_is_reached_by_its_slash(rabbitmq):
 async def test_vhost_that_is_not_there_is_not_found(rabbitmq):
     async with Management(rabbitmq.management_url, vhost="nowhere") as management:
         with pytest.raises(NotFoundError):
-            await management.apply(topology.shared("digits", model_bytes=1))
+            await management.apply(topology.shared("digits"))
         with pytest.raises(NotFoundError):
             await management.queues()
 

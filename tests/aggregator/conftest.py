@@ -1,0 +1,364 @@
+"""An aggregator's state in a folder, with the updates that parties would send to it: for the tests of this folder."""
+
+import asyncio
+import time
+import uuid
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from aggregator.admission import Limits
+from aggregator.broadcast import BroadcastPlan
+from aggregator.coordinator import Coordinator, Rules
+from aggregator.decisions import Goal
+from aggregator.ledger import open_ledger, open_ledger_for_reading
+from aggregator.merging.strategies import build_strategy
+from aggregator.service import Aggregator, Pace, arrive
+from aggregator.snapshots import Snapshots
+from broker_fl.codecs.codec import encode, parse_codec
+from broker_fl.config import MergingSettings
+from broker_fl.database import sqlite_url
+from broker_fl.parameters import manifest_of
+from broker_fl.topology import Names, party, party_permissions, policies, shared
+from broker_fl.transports.memory import MemoryBroker
+from broker_fl.transports.model_log import open_frame
+from broker_fl.transports.parts import Assembler, split
+from broker_fl.transports.transport import Delivery, Message
+from schemas import wire
+from schemas.event import Event
+from schemas.frame import TrainingPlan
+from schemas.receipt import Receipt
+from schemas.update import ModelUpdate
+
+FEDERATION = "ward"
+NAMES = Names(FEDERATION)
+MANIFEST = manifest_of({"hidden.weight": np.zeros((40, 50), np.float32), "hidden.bias": np.zeros(8, np.float32)})
+
+
+@dataclass
+class FakeClock:
+    now: float = 1_000_000.0
+
+    def __call__(self):
+        return self.now
+
+
+@dataclass
+class Bench:
+    """One federation's folder. What `opened` gives ends without a farewell, as a killed process does."""
+
+    folder: Path
+    clock: FakeClock = field(default_factory=FakeClock)
+    names: Names = NAMES
+    manifest: object = MANIFEST
+
+    @property
+    def initial(self):
+        return np.random.default_rng(0).standard_normal(self.manifest.size).astype(np.float32)
+
+    @property
+    def ledger_file(self):
+        return self.folder / "ledger.db"
+
+    def ledger(self):
+        return open_ledger(sqlite_url(self.ledger_file))
+
+    def snapshots(self, folder="snapshots"):
+        return Snapshots(str(self.folder / folder), self.manifest)
+
+    def limits(self, **changes):
+        given = {"names": self.names, "manifest": self.manifest, "max_update_bytes": 1 << 20, "max_update_norm": None}
+        return Limits(**{**given, **changes})
+
+    def rules(
+        self,
+        ledger_id,
+        *,
+        merging=None,
+        goal=None,
+        down="float32",
+        up="float32",
+        every_versions=1,
+        every_s=3600.0,
+        snapshot_every_versions=1000,
+        fraction=1.0,
+        parts_expire_s=3600.0,
+        **limits,
+    ):
+        merging = merging or MergingSettings()
+        plan = BroadcastPlan(
+            federation=self.names.federation,
+            ledger_id=ledger_id,
+            manifest=self.manifest,
+            codec=down,
+            update_codec=up,
+            training=TrainingPlan(),
+            fraction=fraction,
+            repeat=build_strategy(merging).may_repeat,
+            every_versions=every_versions,
+            every_s=every_s,
+        )
+        return Rules(
+            limits=self.limits(**limits),
+            merging=merging,
+            plan=plan,
+            goal=goal or Goal(),
+            snapshot_every_versions=snapshot_every_versions,
+            parts_expire_s=parts_expire_s,
+        )
+
+    @contextmanager
+    def coordinator(self, *, clock=None, **rules):
+        """Not yet open."""
+        with self.ledger() as ledger:
+            made = self.rules(ledger.facts()["ledger_id"], **rules)
+            yield Coordinator(ledger, self.snapshots(), made, clock=clock or self.clock)
+
+    @contextmanager
+    def opened(self, **rules):
+        """Open, with a first frame that is published."""
+        with self.coordinator(**rules) as coordinator:
+            coordinator.open(self.initial)
+            coordinator.tick()
+            self.publish(coordinator)
+            yield coordinator
+
+    def publish(self, coordinator):
+        frame = coordinator.unpublished()
+        if frame is not None:
+            coordinator.published(frame.number)
+
+    def frames(self):
+        with open_ledger_for_reading(self.ledger_file) as ledger:
+            return ledger.frames_from(0)
+
+    def entries(self):
+        with open_ledger_for_reading(self.ledger_file) as ledger:
+            return list(ledger.entries_after(0))
+
+    def update(self, party="ann", *, base, delta=None, seed=0, update_id=None, codec="float32", **changes):
+        """The message that a party trained from this frame would send. `delta` is a number for all parameters, or a vector."""
+        if delta is None:
+            delta = 0.1 * np.random.default_rng(seed).standard_normal(self.manifest.size)
+        vector = np.broadcast_to(np.asarray(delta, np.float32), (self.manifest.size,)).copy()
+        payload = encode(vector, parse_codec(codec), manifest=self.manifest, generator=np.random.default_rng(seed))
+        facts = {
+            "federation": self.names.federation,
+            "party": party,
+            "update_id": update_id or uuid.uuid4().hex,
+            "sequence": 1,
+            "base_version": base.version,
+            "base_digest": base.digest,
+            "manifest_digest": self.manifest.digest,
+            "codec": codec,
+            "num_samples": 10,
+            "num_steps": 1,
+            "train_loss": 0.5,
+            "payload": payload,
+        }
+        return ModelUpdate(**{**facts, **changes})
+
+    def message(self, update, *, party=None):
+        party = party or update.party
+        return Message(self.names.up(party), wire.encode(update), message_id=update.update_id)
+
+    def arrival(self, update, *, user=None, limits=None):
+        return self.arrivals(update, user=user, limits=limits)[0]
+
+    def arrivals(self, update, *, user=None, limits=None, part_bytes=1 << 20, limit_bytes=1 << 30):
+        """One, or several parts, as the aggregator's decoders find them."""
+        messages = split(self.message(update), part_bytes=part_bytes, limit_bytes=limit_bytes)
+        return [arrive(delivered(message, user=user or update.party), limits or self.limits()) for message in messages]
+
+
+def delivered(message, *, user, redelivered=False):
+    return Delivery(
+        body=message.body,
+        headers=message.headers,
+        message_id=message.message_id,
+        user_id=user,
+        exchange=message.exchange,
+        routing_key=message.routing_key,
+        redelivered=redelivered,
+        tag=1,
+        offset=None,
+    )
+
+
+PARTIES = ("ann", "bob", "cem")
+PATIENCE_S = 20.0
+"""The bound of every wait."""
+
+
+class Ward:
+    """A broker with its parties, a bench's aggregator upon it, and what its parties and onlookers do."""
+
+    def __init__(self, bench, broker):
+        self.bench = bench
+        self.broker = broker
+        self.names = bench.names
+
+    def connect(self, name):
+        return self.broker.connect(name)
+
+    @asynccontextmanager
+    async def running(self, *, connect=None, clock=time.time, seconds=None, pace=None, limits=None, **rules):
+        """The aggregator at work; at the end it is stopped, unless it has ended by itself.
+
+        What it fails with is raised at the end; `ended` waits for its own end.
+        """
+        limits = limits or self.bench.limits()
+        with self.bench.coordinator(clock=clock, **rules) as coordinator:
+            service = Aggregator(
+                connect or self.connect,
+                coordinator,
+                topology=shared(self.names.federation),
+                limits=limits,
+                pace=Pace(**{**PACE, **(pace or {})}),
+                clock=clock,
+                seconds=seconds,
+            )
+            running = Running(service, coordinator)
+            async with asyncio.timeout(PATIENCE_S), asyncio.TaskGroup() as group:
+                running.task = group.create_task(service.run(lambda: coordinator.open(self.bench.initial)))
+                try:
+                    yield running
+                finally:
+                    service.stop()
+
+    @asynccontextmanager
+    async def party(self, name="ann"):
+        async with (
+            asyncio.timeout(PATIENCE_S),
+            self.broker.connect(f"worker:{name}", user=name) as transport,
+            transport.consume(self.names.inbox(name), prefetch=16, name=name) as inbox,
+            transport.follow(self.names.model_log, start="first", name=name) as log,
+        ):
+            yield Party(self, name, transport, inbox, log)
+
+    @asynccontextmanager
+    async def events(self, kind="#"):
+        async with self.broker.connect("onlooker") as transport:
+            async with transport.listen(self.names.events, routing_key=kind, name="onlooker") as feed:
+                yield Onlooker(feed)
+
+    @asynccontextmanager
+    async def quarantine(self):
+        async with (
+            self.broker.connect("operator") as transport,
+            transport.consume(self.names.quarantine, prefetch=100, name="operator") as subscription,
+        ):
+            yield subscription
+
+    def queued(self):
+        """Updates that wait, while no aggregator is at work."""
+        return self.broker.depth(self.names.updates)
+
+    def merged(self):
+        return [entry for entry in self.bench.entries() if entry.outcome in ("merged", "buffered")]
+
+
+PACE = {
+    "prefetch": 64,
+    "group_updates": 64,
+    "group_s": 0.001,
+    "part_bytes": 1024,
+    "max_message_bytes": 1 << 20,
+    "tick_s": 0.01,
+}
+
+
+@dataclass
+class Running:
+    service: Aggregator
+    coordinator: Coordinator
+    task: asyncio.Task | None = None
+
+    async def ended(self):
+        await asyncio.shield(self.task)
+
+
+class Party:
+    def __init__(self, ward, name, transport, inbox, log):
+        self._ward = ward
+        self.name = name
+        self.transport = transport
+        self._inbox = inbox
+        self._log = log
+        self._assembler = Assembler()
+
+    async def frame(self):
+        """The next one of the log, and its model."""
+        while True:
+            body = self._assembler.add(await self._log.receive())
+            if body is not None:
+                return open_frame(body, federation=self._ward.names.federation, manifest=self._ward.bench.manifest)
+
+    async def frames_until(self, condition):
+        frames = []
+        while not frames or not condition(frames[-1]):
+            frames.append((await self.frame()).frame)
+        return frames
+
+    async def send(self, base, *, parts_of=None, **changes):
+        """An update trained from this frame. `parts_of` is the size of its parts."""
+        update = self._ward.bench.update(self.name, base=base, **changes)
+        await self.send_again(update, parts_of=parts_of)
+        return update
+
+    async def send_again(self, update, *, parts_of=None):
+        message = self._ward.bench.message(update, party=self.name)
+        for part in split(message, part_bytes=parts_of or 1, limit_bytes=0 if parts_of else 1 << 30):
+            await self.transport.publish(part)
+
+    async def receipt(self):
+        delivery = await self._inbox.receive()
+        await self._inbox.acknowledge(delivery.tag)
+        return wire.decode(Receipt, delivery.body)
+
+    async def receipts(self, count):
+        return [await self.receipt() for _ in range(count)]
+
+    def has_more_receipts(self):
+        return self._inbox.receive_nowait() is not None
+
+
+class Onlooker:
+    def __init__(self, feed):
+        self._feed = feed
+
+    async def next(self, kind):
+        while True:
+            event = wire.decode(Event, (await self._feed.receive()).body)
+            if event.kind == kind:
+                return event
+
+
+@pytest.fixture
+def broker():
+    broker = MemoryBroker()
+    broker.declare(shared(FEDERATION))
+    broker.apply_policies(policies(FEDERATION, model_bytes=1 << 20))
+    for name in PARTIES:
+        broker.declare(party(FEDERATION, name))
+        broker.users[name] = party_permissions(FEDERATION, name)
+    return broker
+
+
+@pytest.fixture
+def ward(bench, broker):
+    return Ward(bench, broker)
+
+
+@pytest.fixture
+def bench(tmp_path):
+    return Bench(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def new_bench(tmp_path_factory):
+    """A function that makes one: for property tests, which need a new one for every example."""
+    return lambda: Bench(tmp_path_factory.mktemp("federation"))

@@ -1,0 +1,270 @@
+"""Version v = a snapshot + the ledger's updates after it, to the last bit, wherever the process was killed."""
+
+import sqlite3
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aggregator.decisions import Goal
+from aggregator.recovery import manifest_of_ledger, recover
+from aggregator.verification import verify
+from broker_fl.config import MergingSettings
+from broker_fl.errors import DamagedError, StorageFullError
+from broker_fl.parameters import digest
+
+MERGING = {
+    "fedasync delta": MergingSettings(mixing_rate=0.6, max_staleness=4),
+    "fedasync mixing": MergingSettings(mode="mixing", mixing_rate=0.6, staleness="hinge", hinge=1, max_staleness=4),
+    "fedbuff": MergingSettings(strategy="fedbuff", buffer_size=3, max_staleness=2, server_learning_rate=0.7),
+    "fedavg": MergingSettings(strategy="fedavg", buffer_size=2),
+}
+
+UPDATES = st.tuples(
+    st.just("update"),
+    st.sampled_from(["ann", "bob", "cem"]),
+    st.integers(0, 4),  # how many frames ago it began
+    st.sampled_from(["float32", "int8", "topk:0.1+int4"]),
+)
+STEPS = st.one_of(
+    st.tuples(st.just("group"), st.lists(UPDATES, min_size=1, max_size=4)),
+    st.tuples(st.just("again")),  # an update that was decided before
+    st.tuples(st.just("publish")),
+    st.tuples(st.just("tick"), st.sampled_from([0.5, 3.0])),
+)
+CRASHES = st.sampled_from(["none", "none", "killed", "stopped"])
+PACES = st.fixed_dictionaries(
+    {
+        "every_versions": st.integers(1, 3),
+        "snapshot_every_versions": st.integers(1, 5),
+        "down": st.sampled_from(["float32", "int8"]),
+    }
+)
+
+
+@dataclass
+class Life:
+    """One aggregator's, over its restarts."""
+
+    bench: object
+    rules: dict
+    sent: list = field(default_factory=list)
+    digests: list = field(default_factory=list)
+
+    def begin(self):
+        self._context = self.bench.opened(every_s=2.0, **self.rules)
+        self.coordinator = self._context.__enter__()
+        return self
+
+    def end(self, how):
+        if how == "stopped":
+            self.coordinator.close()
+        self._context.__exit__(None, None, None)
+
+    def restart(self, how, **rules):
+        before = (self.coordinator.version, self.coordinator.model_digest())
+        self.end(how)
+        self.rules |= rules
+        self.begin()
+        if not rules:
+            assert (self.coordinator.version, self.coordinator.model_digest()) == before
+
+    def do(self, step):
+        kind, *rest = step
+        if kind == "group":
+            self._decide([self._update(*update[1:]) for update in rest[0]])
+        elif kind == "again" and self.sent:
+            self._decide(self.sent[-2:])
+        elif kind == "publish":
+            self.bench.publish(self.coordinator)
+        elif kind == "tick":
+            self.bench.clock.now += rest[0]
+            self.coordinator.tick()
+
+    def _update(self, party, frames_ago, codec):
+        frames = self.bench.frames()
+        base = frames[max(0, len(frames) - 1 - frames_ago)]
+        number = len(self.sent)
+        made = self.bench.update(
+            party, base=base, codec=codec, seed=number, update_id=f"{number:032x}", num_samples=1 + number * 7 % 13
+        )
+        self.sent.append(made)
+        return made
+
+    def _decide(self, updates):
+        self.coordinator.decide([self.bench.arrival(update) for update in updates])
+        self.digests.append(self.coordinator.model_digest())
+
+
+def _verified(bench):
+    with bench.ledger() as ledger:
+        return verify(ledger, bench.snapshots())
+
+
+def _recovered(bench):
+    with bench.ledger() as ledger:
+        return recover(ledger, bench.snapshots(), manifest_of_ledger(ledger)).state
+
+
+@pytest.mark.parametrize("merging", MERGING.values(), ids=MERGING.keys())
+@settings(max_examples=8, deadline=None)
+@given(pace=PACES, steps=st.lists(st.tuples(STEPS, CRASHES), min_size=6, max_size=16))
+def test_aggregator_that_is_killed_and_restarted_makes_the_same_bits_as_one_that_is_not(new_bench, merging, pace, steps):
+    undisturbed = Life(new_bench(), {"merging": merging, **pace}).begin()
+    disturbed = Life(new_bench(), {"merging": merging, **pace}).begin()
+    for step, crash in steps:
+        undisturbed.do(step)
+        disturbed.do(step)
+        if crash != "none":
+            disturbed.restart(crash)
+            # What every start does.
+            undisturbed.coordinator.tick()
+            undisturbed.bench.publish(undisturbed.coordinator)
+    undisturbed.end("killed")
+    disturbed.end("killed")
+    assert disturbed.digests == undisturbed.digests
+    live = disturbed.coordinator
+    recovered = _recovered(disturbed.bench)
+    verified = _verified(disturbed.bench)
+    assert recovered.version == verified.version == live.version
+    assert digest(recovered.model) == verified.model_digest == live.model_digest()
+
+
+@settings(max_examples=16, deadline=None)
+@given(
+    pace=PACES,
+    lives=st.lists(
+        st.tuples(
+            st.sampled_from(sorted(MERGING)),
+            st.sampled_from(["float32", "int8"]),
+            st.lists(STEPS, max_size=5),
+            st.booleans(),
+            st.sampled_from(["killed", "stopped"]),
+        ),
+        min_size=2,
+        max_size=5,
+    ),
+)
+def test_changing_strategies_codecs_and_goals_between_restarts_is_replayed_to_the_same_bits(new_bench, pace, lives):
+    life = Life(new_bench(), {"merging": MERGING[lives[0][0]], "goal": Goal(), **pace}).begin()
+    for number, (merging, down, steps, finishes, how) in enumerate(lives):
+        # A goal of its own for every life, so that a federation that was over goes on.
+        life.restart(how, merging=MERGING[merging], down=down, goal=Goal(versions=1000 + number))
+        for step in steps:
+            life.do(step)
+        if finishes:
+            life.coordinator.finish()
+        life.restart(how)
+    life.end("killed")
+    recovered, verified = _recovered(life.bench), _verified(life.bench)
+    assert digest(recovered.model) == verified.model_digest == life.coordinator.model_digest()
+    assert recovered.version == verified.version == life.coordinator.version
+
+
+def test_base_of_a_version_that_was_broadcast_again_in_another_codec_is_the_newer_one(bench):
+    """The snapshot between the two frames holds the base of the first."""
+    mixing = MergingSettings(mode="mixing", mixing_rate=0.5, staleness="constant")
+    with bench.opened(merging=mixing, goal=Goal(versions=1)) as coordinator:
+        coordinator.decide([bench.arrival(bench.update(base=bench.frames()[0]))])
+        coordinator.finish()
+        coordinator.close()
+    with bench.opened(merging=mixing, goal=Goal(versions=9), down="int4") as coordinator:
+        base = bench.frames()[-1]
+        assert (base.version, base.codec) == (1, "int4")
+        (verdict,) = coordinator.decide([bench.arrival(bench.update("bob", base=base))])
+        assert verdict.receipt.outcome == "merged"
+        live = coordinator.model_digest()
+    assert digest(_recovered(bench).model) == live
+    assert _verified(bench).model_digest == live
+
+
+def test_recovery_begins_at_the_newest_snapshot(bench):
+    with bench.opened(snapshot_every_versions=2) as coordinator:
+        (base,) = bench.frames()
+        for seed in range(5):
+            coordinator.decide([bench.arrival(bench.update(base=base, seed=seed))])
+    with bench.ledger() as ledger:
+        first, *_, newest = ledger.snapshots()
+        (bench.folder / "snapshots" / first.file).unlink()
+        recovered = recover(ledger, bench.snapshots(), bench.manifest)
+    assert newest.version == 4
+    assert (recovered.snapshot_version, recovered.state.version, recovered.seq) == (4, 5, 6)
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+def test_start_from_a_damaged_snapshot_fails_and_names_it(bench, damage):
+    with bench.opened() as coordinator:
+        coordinator.decide([bench.arrival(bench.update(base=bench.frames()[0]))])
+        coordinator.close()
+    file = bench.folder / "snapshots" / "model-v00000001-s00000002.safetensors"
+    if damage == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:100])
+    with bench.coordinator() as coordinator, pytest.raises(DamagedError, match=file.name):
+        coordinator.open(bench.initial)
+
+
+def test_start_from_a_ledger_whose_payload_changed_fails_and_names_the_entry(bench):
+    with bench.opened() as coordinator:
+        (base,) = bench.frames()
+        for seed in range(3):
+            coordinator.decide([bench.arrival(bench.update(base=base, seed=seed))])
+    change_ledger(bench, "UPDATE entries SET payload = zeroblob(length(payload)) WHERE seq = 3")
+    with bench.coordinator() as coordinator, pytest.raises(DamagedError, match="payload of entry 3"):
+        coordinator.open(bench.initial)
+
+
+def test_start_from_a_ledger_that_lost_an_entry_fails_and_names_it(bench):
+    with bench.opened() as coordinator:
+        update = bench.update(base=bench.frames()[0], base_digest="0" * 64)
+        coordinator.decide([bench.arrival(update)])
+        coordinator.decide([bench.arrival(bench.update(base=bench.frames()[0]))])
+    change_ledger(bench, "DELETE FROM entries WHERE seq = 2")
+    with bench.coordinator() as coordinator, pytest.raises(DamagedError, match="entry 2 is missing"):
+        coordinator.open(bench.initial)
+
+
+def test_start_without_any_snapshot_in_the_ledger_fails(bench):
+    with bench.opened():
+        pass
+    change_ledger(bench, "DELETE FROM snapshots")
+    with bench.coordinator() as coordinator, pytest.raises(DamagedError, match="lost its snapshots"):
+        coordinator.open(bench.initial)
+
+
+def test_commit_that_finds_no_space_is_undone_and_decided_again_at_the_next_start(bench):
+    with bench.ledger() as ledger:
+        rules = bench.rules(ledger.facts()["ledger_id"])
+        from aggregator.coordinator import Coordinator
+
+        coordinator = Coordinator(ledger, bench.snapshots(), rules, clock=bench.clock)
+        coordinator.open(bench.initial)
+        coordinator.tick()
+        bench.publish(coordinator)
+        arrivals = [bench.arrival(bench.update(base=bench.frames()[0], seed=seed)) for seed in range(20)]
+        ledger._connection.exec_driver_sql("PRAGMA max_page_count = 1")
+        ledger._connection.rollback()
+        with pytest.raises(StorageFullError):
+            coordinator.decide(arrivals)
+    with bench.opened() as coordinator:
+        assert coordinator.version == 0
+        assert [verdict.receipt.outcome for verdict in coordinator.decide(arrivals)] == ["merged"] * 20
+    assert _verified(bench).merged == 20
+
+
+def test_model_of_the_first_start_is_the_one_that_was_given(bench):
+    with bench.opened():
+        pass
+    assert np.array_equal(_recovered(bench).model, bench.initial)
+
+
+def change_ledger(bench, statement):
+    connection = sqlite3.connect(bench.ledger_file)
+    try:
+        assert connection.execute(statement).rowcount >= 1
+        connection.commit()
+    finally:
+        connection.close()

@@ -1,0 +1,129 @@
+import sqlite3
+
+import pytest
+
+from aggregator.ledger import open_ledger_for_reading
+from aggregator.recovery import manifest_of_ledger
+from aggregator.verification import verify
+from broker_fl.config import MergingSettings
+from broker_fl.errors import ConfigurationError, DamagedError
+
+
+def _verify(bench):
+    with open_ledger_for_reading(bench.ledger_file) as ledger:
+        return verify(ledger, bench.snapshots())
+
+
+def _change(bench, statement):
+    connection = sqlite3.connect(bench.ledger_file)
+    try:
+        assert connection.execute(statement).rowcount >= 1
+        connection.commit()
+    finally:
+        connection.close()
+
+
+@pytest.fixture
+def life(bench):
+    """Versions 1 to 6 with frames at even ones and snapshots at 0, 3 and 6; entry 5 is refused."""
+    with bench.opened(every_versions=2, snapshot_every_versions=3) as coordinator:
+        base = bench.frames()[0]
+        for seed in range(7):
+            changes = {"base_digest": "0" * 64} if seed == 3 else {}
+            update = bench.update(base=base, seed=seed, update_id=f"{seed:032x}", **changes)
+            coordinator.decide([bench.arrival(update)])
+            bench.publish(coordinator)
+        bench.model = coordinator.model_digest()
+    return bench
+
+
+def test_honest_ledger_is_verified_and_counted(life):
+    found = _verify(life)
+    assert (found.entries, found.merged, found.buffered, found.refused) == (8, 6, 0, 1)
+    assert (found.version, found.frames, found.snapshots) == (6, 4, 3)
+    assert found.model_digest == life.model
+
+
+def test_ledger_is_verified_while_its_aggregator_works(bench):
+    with bench.opened() as coordinator:
+        (base,) = bench.frames()
+        for seed in range(3):
+            coordinator.decide([bench.arrival(bench.update(base=base, seed=seed))])
+            assert _verify(bench).model_digest == coordinator.model_digest()
+
+
+def test_flushes_buffers_and_changes_of_strategy_are_verified(bench):
+    with bench.opened(merging=MergingSettings(strategy="fedbuff", buffer_size=2)) as coordinator:
+        (base,) = bench.frames()
+        coordinator.decide([bench.arrival(bench.update(base=base, seed=seed)) for seed in range(3)])
+        bench.clock.now += 100.0
+        coordinator.tick()
+        coordinator.decide([bench.arrival(bench.update(base=base, seed=3))])
+        coordinator.close()
+    with bench.opened(merging=MergingSettings(mode="mixing")) as coordinator:
+        model = coordinator.model_digest()
+    found = _verify(bench)
+    assert (found.merged, found.buffered, found.version) == (1, 3, 3)
+    assert found.model_digest == model
+
+
+def test_empty_ledger_holds_no_federation(bench):
+    with bench.ledger() as ledger, pytest.raises(DamagedError, match="holds no federation yet"):
+        manifest_of_ledger(ledger)
+
+
+def test_ledger_that_is_not_there_is_named(bench):
+    with pytest.raises(ConfigurationError, match=r"no ledger at .*ledger\.db"):
+        _verify(bench)
+
+
+@pytest.mark.parametrize(
+    ("statement", "message"),
+    [
+        # zeroblob is a payload that can be decoded: only its digest, and the models from there on, tell.
+        ("UPDATE entries SET payload = zeroblob(length(payload)) WHERE seq = 4", "payload of entry 4"),
+        ("UPDATE entries SET payload = substr(payload, 1, 100) WHERE seq = 4", "payload of entry 4"),
+        ("UPDATE entries SET payload = NULL WHERE seq = 4", "entry 4 lacks what was merged"),
+        ("UPDATE entries SET payload = zeroblob(length(payload)) WHERE seq = 8", "payload of entry 8"),
+        ("UPDATE entries SET weight = 0.5 WHERE seq = 4", "entry 4 was not merged as it says"),
+        ("UPDATE entries SET base_version = 1 WHERE seq = 4", "entry 4 was not merged as it says"),
+        ("UPDATE entries SET version = 9 WHERE seq = 4", "entry 4 should make version 9"),
+        ("DELETE FROM entries WHERE seq = 4", "entry 4 is missing"),
+        ("DELETE FROM entries WHERE seq = 5", "entry 5 is missing"),
+        ("DELETE FROM entries WHERE seq = 8", r"frame 4 is of version 6|snapshot model-v00000006.* which is missing"),
+        ("UPDATE frames SET digest = 'ab' || substr(digest, 3) WHERE number = 3", "frame 3"),
+        ("UPDATE frames SET model_digest = 'ab' || substr(model_digest, 3) WHERE number = 3", "version 4"),
+        ("UPDATE frames SET version = 5 WHERE number = 3", "version 5"),
+        ("UPDATE snapshots SET sha256 = 'ab' || substr(sha256, 3) WHERE version = 3", r"model-v00000003-s00000004\.safetensors"),
+        ("UPDATE snapshots SET seq = 3 WHERE version = 3", r"snapshot model-v00000003-s00000004\.safetensors"),
+    ],
+)
+def test_ledger_that_was_changed_is_found_out(life, statement, message):
+    _change(life, statement)
+    with pytest.raises(DamagedError, match=message):
+        _verify(life)
+
+
+def test_snapshot_file_that_was_swapped_for_another_is_found_out(life):
+    folder = life.folder / "snapshots"
+    (folder / "model-v00000003-s00000004.safetensors").write_bytes(
+        (folder / "model-v00000006-s00000008.safetensors").read_bytes()
+    )
+    with pytest.raises(DamagedError, match=r"model-v00000003-s00000004\.safetensors is damaged"):
+        _verify(life)
+
+
+def test_snapshot_that_was_swapped_with_its_row_is_found_out(life):
+    _change(
+        life,
+        "UPDATE snapshots SET file = (SELECT file FROM snapshots WHERE version = 6), "
+        "sha256 = (SELECT sha256 FROM snapshots WHERE version = 6) WHERE version = 3",
+    )
+    with pytest.raises(DamagedError, match=r"model-v00000006-s00000008\.safetensors"):
+        _verify(life)
+
+
+def test_missing_snapshot_is_named_though_the_newest_would_do(life):
+    (life.folder / "snapshots" / "model-v00000003-s00000004.safetensors").unlink()
+    with pytest.raises(DamagedError, match=r"model-v00000003-s00000004\.safetensors is missing"):
+        _verify(life)

@@ -1,0 +1,124 @@
+import re
+
+import pytest
+
+from broker_fl.topology import Names, party, party_permissions, policies, shared
+
+NAMES = Names("hospitals")
+
+
+def _allowed(expression: str, name: str) -> bool:
+    """As RabbitMQ reads permissions: a search, anchored only where the expression says so."""
+    return re.search(expression, name) is not None
+
+
+def _everything() -> list[str]:
+    topology = shared("hospitals")
+    own = party("hospitals", "b")
+    return [
+        *(exchange.name for exchange in (*topology.exchanges, *own.exchanges)),
+        *(queue.name for queue in (*topology.queues, *own.queues)),
+        "",
+        "amq.default",
+        "amq.topic",
+    ]
+
+
+def test_everything_of_a_federation_begins_with_its_name():
+    topology, own = shared("hospitals"), party("hospitals", "a")
+    for thing in (*topology.exchanges, *topology.queues, *own.exchanges, *own.queues):
+        assert thing.name.startswith("fl.hospitals.")
+
+
+def test_bindings_join_only_what_is_declared():
+    topology, own = shared("hospitals"), party("hospitals", "a")
+    exchanges = {exchange.name for exchange in (*topology.exchanges, *own.exchanges)}
+    queues = {queue.name for queue in (*topology.queues, *own.queues)}
+    for binding in (*topology.bindings, *own.bindings):
+        assert binding.exchange in exchanges
+        assert binding.queue in queues
+
+
+def test_updates_wait_in_a_quorum_queue_with_one_consumer_and_a_way_out_for_what_nobody_takes():
+    (updates,) = (queue for queue in shared("hospitals").queues if queue.name == NAMES.updates)
+    assert updates.all_arguments() == {
+        "x-queue-type": "quorum",
+        "x-single-active-consumer": True,
+        "x-dead-letter-exchange": NAMES.quarantine,
+    }
+
+
+def test_the_model_goes_through_a_fanout_exchange_into_a_stream():
+    topology = shared("hospitals")
+    assert {exchange.name: exchange.kind for exchange in topology.exchanges}[NAMES.model] == "fanout"
+    assert {queue.name: queue.kind for queue in topology.queues}[NAMES.model_log] == "stream"
+    assert (NAMES.model, NAMES.model_log) in {(binding.exchange, binding.queue) for binding in topology.bindings}
+
+
+def test_a_party_has_a_fanout_exchange_into_the_updates_queue_and_an_inbox_by_its_name():
+    own = party("hospitals", "a")
+    assert [(exchange.name, exchange.kind) for exchange in own.exchanges] == [("fl.hospitals.up.a", "fanout")]
+    assert {(binding.exchange, binding.queue, binding.routing_key) for binding in own.bindings} == {
+        ("fl.hospitals.up.a", "fl.hospitals.updates", ""),
+        ("fl.hospitals.receipts", "fl.hospitals.inbox.a", "a"),
+    }
+
+
+def test_a_party_configures_nothing():
+    for name in _everything():
+        assert not _allowed(party_permissions("hospitals", "a").configure, name) or name == ""
+
+
+@pytest.mark.parametrize("name", ["a", "a-1", "a_b", "x" * 63])
+def test_a_party_writes_to_its_own_exchange_alone(name):
+    write = party_permissions("hospitals", name).write
+    assert _allowed(write, NAMES.up(name))
+    others = [NAMES.up("b"), NAMES.up(name + "x"), NAMES.up("x" + name), f"x{NAMES.up(name)}", f"{NAMES.up(name)}.x"]
+    for other in [*_everything(), *others, Names("other").up(name), NAMES.up(name).replace(".", "x")]:
+        assert not _allowed(write, other)
+
+
+def test_a_party_reads_the_model_log_and_its_own_inbox_alone():
+    read = party_permissions("hospitals", "a").read
+    may = {name for name in [*_everything(), NAMES.inbox("a"), NAMES.inbox("a2"), NAMES.inbox("")] if _allowed(read, name)}
+    assert may == {NAMES.model_log, NAMES.inbox("a")}
+
+
+def test_the_party_of_an_exchange_is_found():
+    assert NAMES.party_of(NAMES.up("a")) == "a"
+    for other in (NAMES.model, NAMES.updates, "", "fl.other.up.a", "xfl.hospitals.up.a", "fl.hospitals.up"):
+        assert NAMES.party_of(other) is None
+
+
+@pytest.mark.parametrize("federation", ["hospitals", "a-b_c"])
+def test_each_policy_holds_for_the_queues_that_it_is_named_after(federation):
+    names = Names(federation)
+    queues = {
+        "updates": names.updates,
+        "model.log": names.model_log,
+        "quarantine": names.quarantine,
+        "inbox": names.inbox("a"),
+    }
+    for policy in policies(federation, model_bytes=1000):
+        held = {name for name in [*queues.values(), *(f"x{name}" for name in queues.values())] if _allowed(policy.pattern, name)}
+        assert held == {queues[policy.name.removeprefix(f"fl.{federation}.")]}
+
+
+def test_a_policy_does_not_reach_into_another_federation():
+    for policy in policies("a", model_bytes=1000):
+        for names in (Names("b"), Names("aa"), Names("a-b")):
+            assert not any(_allowed(policy.pattern, name) for name in (names.updates, names.model_log, names.inbox("a")))
+
+
+def test_a_party_named_like_a_queue_gets_the_policy_of_an_inbox_alone():
+    for name in ("updates", "quarantine", "log"):
+        inbox = NAMES.inbox(name)
+        held = [policy.name for policy in policies("hospitals", model_bytes=1000) if _allowed(policy.pattern, inbox)]
+        assert held == ["fl.hospitals.inbox"]
+
+
+@pytest.mark.parametrize("model_bytes", [1, 1 << 20, 40 << 20])
+def test_the_model_log_keeps_several_broadcasts(model_bytes):
+    (policy,) = (policy for policy in policies("hospitals", model_bytes=model_bytes) if "model.log" in policy.name)
+    assert policy.definition["max-length-bytes"] >= 8 * model_bytes
+    assert policy.definition["stream-max-segment-size-bytes"] >= model_bytes

@@ -1,0 +1,171 @@
+"""One message of each kind, and hypothesis strategies for all that there may be."""
+
+from hypothesis import strategies as st
+
+from schemas.event import Event, UpdateFacts
+from schemas.frame import ModelFrame, TrainingPlan
+from schemas.manifest import Manifest, TensorSpec
+from schemas.receipt import Receipt
+from schemas.update import ModelUpdate
+from schemas.wire import Message
+
+TWO_TENSORS = Manifest(
+    tensors=(TensorSpec(name="conv.weight", shape=(2, 3), offset=0), TensorSpec(name="conv.bias", shape=(2,), offset=6))
+)
+
+SAMPLES: dict[str, Message] = {
+    "update": ModelUpdate(
+        federation="hospitals",
+        party="charite-2",
+        update_id="0123456789abcdef" * 2,
+        sequence=7,
+        base_version=41,
+        base_digest="ab" * 32,
+        manifest_digest=TWO_TENSORS.digest,
+        codec="topk:0.01+int4",
+        num_samples=4708,
+        num_steps=735,
+        train_loss=0.25,
+        payload=b"\x00\x01\xff",
+    ),
+    "frame": ModelFrame(
+        federation="hospitals",
+        ledger="fedcba9876543210" * 2,
+        number=3,
+        version=41,
+        digest="cd" * 32,
+        manifest=TWO_TENSORS,
+        codec="float32",
+        training=TrainingPlan(steps=50, optimizer="adamw"),
+        update_codec="int8",
+        fraction=0.5,
+        repeat=False,
+        over=True,
+        payload=b"",
+    ),
+    "receipt": Receipt(
+        federation="hospitals",
+        party="charite-2",
+        update_id="0123456789abcdef" * 2,
+        outcome="refused",
+        version=80,
+        staleness=39,
+        weight=0.0,
+        reason="too_stale",
+        detail="39 versions late, the bound is 32",
+    ),
+    "event": Event(
+        kind="updates.decided",
+        federation="hospitals",
+        at=1_700_000_000.5,
+        version=42,
+        facts={"number": 3, "seconds": 0.5, "codec": "int8", "over": False},
+        updates=(
+            UpdateFacts(party="charite-2", outcome="merged", staleness=1, weight=0.2, bytes=980, codec="int8", reason=None),
+            UpdateFacts(party=None, outcome="refused", staleness=0, weight=0.0, bytes=7, codec="", reason="identity"),
+        ),
+    ),
+    "manifest": TWO_TENSORS,
+    "plan": TrainingPlan(),
+}
+
+COUNTERS = st.integers(0, 2**53 - 1)
+NAMES = st.from_regex(r"[a-z0-9][a-z0-9_-]{0,62}", fullmatch=True)
+HEX32 = st.from_regex(r"[0-9a-f]{32}", fullmatch=True)
+HEX64 = st.from_regex(r"[0-9a-f]{64}", fullmatch=True)
+FINITE = st.floats(allow_nan=False, allow_infinity=False)
+# Of characters that UTF-8 can carry.
+TEXTS = st.text(st.characters(codec="utf-8"), max_size=64)
+
+
+@st.composite
+def manifests(draw: st.DrawFn) -> Manifest:
+    names = draw(st.lists(TEXTS.filter(lambda text: text and "\n" not in text), min_size=1, max_size=5, unique=True))
+    specs: list[TensorSpec] = []
+    for name in names:
+        shape = tuple(draw(st.lists(st.integers(1, 40), max_size=3)))
+        offset = specs[-1].offset + specs[-1].size if specs else 0
+        specs.append(TensorSpec(name=name, shape=shape, offset=offset))
+    return Manifest(tensors=tuple(specs))
+
+
+PLANS = st.builds(
+    TrainingPlan,
+    epochs=st.integers(1, 10_000),
+    steps=st.none() | st.integers(1, 10_000_000),
+    batch_size=st.integers(1, 1_000_000),
+    optimizer=st.sampled_from(["sgd", "adam", "adamw"]),
+    learning_rate=st.floats(0, 100, exclude_min=True),
+    momentum=st.floats(0, 1, exclude_max=True),
+    weight_decay=st.floats(0, 10),
+    proximal=st.floats(0, 1000),
+)
+
+MESSAGES: dict[str, st.SearchStrategy[Message]] = {
+    "update": st.builds(
+        ModelUpdate,
+        federation=NAMES,
+        party=NAMES,
+        update_id=HEX32,
+        sequence=st.integers(1, 2**53 - 1),
+        base_version=COUNTERS,
+        base_digest=HEX64,
+        manifest_digest=HEX64,
+        codec=TEXTS,
+        num_samples=st.integers(1, 10**12),
+        num_steps=st.integers(1, 2**53 - 1),
+        train_loss=FINITE,
+        payload=st.binary(max_size=200),
+    ),
+    "frame": st.builds(
+        ModelFrame,
+        federation=NAMES,
+        ledger=HEX32,
+        number=st.integers(1, 2**53 - 1),
+        version=COUNTERS,
+        digest=HEX64,
+        manifest=manifests(),
+        codec=TEXTS,
+        training=PLANS,
+        update_codec=TEXTS,
+        fraction=st.floats(0, 1, exclude_min=True),
+        repeat=st.booleans(),
+        over=st.booleans(),
+        payload=st.binary(max_size=200),
+    ),
+    "receipt": st.builds(
+        Receipt,
+        federation=NAMES,
+        party=NAMES,
+        update_id=HEX32,
+        outcome=st.sampled_from(["merged", "buffered", "refused"]),
+        version=COUNTERS,
+        staleness=COUNTERS,
+        weight=FINITE,
+        reason=st.none() | st.sampled_from(["malformed", "identity", "parts"]),
+        detail=TEXTS,
+    ),
+    "event": st.builds(
+        Event,
+        kind=st.sampled_from(["updates.decided", "model.evaluated", "frame.published"]),
+        federation=NAMES,
+        at=FINITE,
+        version=COUNTERS,
+        facts=st.dictionaries(TEXTS, st.booleans() | st.integers(-(2**63), 2**64 - 1) | FINITE | TEXTS, max_size=8),
+        updates=st.lists(
+            st.builds(
+                UpdateFacts,
+                party=st.none() | NAMES,
+                outcome=st.sampled_from(["merged", "buffered", "refused", "duplicate"]),
+                staleness=COUNTERS,
+                weight=FINITE,
+                bytes=COUNTERS,
+                codec=TEXTS,
+                reason=st.none() | st.sampled_from(["codec", "base"]),
+            ),
+            max_size=2,
+        ),
+    ),
+    "manifest": manifests(),
+    "plan": PLANS,
+}

@@ -1,0 +1,275 @@
+"""A worker on an in-memory broker, with a hand-made other side, or the real one: for the tests of this folder."""
+
+import asyncio
+import threading
+import time
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from aggregator.admission import Limits
+from aggregator.broadcast import BroadcastPlan
+from aggregator.coordinator import Coordinator, Rules
+from aggregator.decisions import Goal
+from aggregator.ledger import open_ledger
+from aggregator.merging.strategies import build_strategy
+from aggregator.service import Aggregator, Pace
+from aggregator.snapshots import Snapshots
+from broker_fl.codecs.codec import encode, parse_codec
+from broker_fl.config import MergingSettings
+from broker_fl.database import sqlite_url
+from broker_fl.parameters import digest, manifest_of
+from broker_fl.topology import Names, party, party_permissions, policies, shared
+from broker_fl.transports.memory import MemoryBroker
+from broker_fl.transports.parts import Assembler
+from broker_fl.transports.transport import Message
+from schemas import wire
+from schemas.frame import ModelFrame, TrainingPlan
+from schemas.receipt import Receipt
+from schemas.update import ModelUpdate
+from workers.outbox import open_outbox
+from workers.service import Identity, Link, Worker
+from workers.trainer import TrainResult
+
+FEDERATION = "ward"
+NAMES = Names(FEDERATION)
+MANIFEST = manifest_of({"hidden.weight": np.zeros((40, 50), np.float32), "hidden.bias": np.zeros(8, np.float32)})
+PLAN = TrainingPlan(epochs=3, learning_rate=0.125)
+PARTIES = ("ann", "bob")
+PATIENCE_S = 20.0
+"""The bound of every wait."""
+
+
+class Trainer:
+    """Hands out what it was given: a number for every parameter, a vector, or a function of the number of the training."""
+
+    def __init__(self, delta=1.0):
+        self.delta = delta
+        self.bases, self.plans, self.seeds = [], [], []
+        self.began = threading.Event()
+        self.goes_on = threading.Event()
+        self.goes_on.set()
+
+    def __call__(self, base, plan, *, seed, should_stop):
+        self.bases.append(base)
+        self.plans.append(plan)
+        self.seeds.append(seed)
+        self.began.set()
+        while not self.goes_on.wait(0.005):
+            if should_stop():
+                return None
+        delta = self.delta(len(self.bases)) if callable(self.delta) else self.delta
+        return TrainResult(
+            delta=np.broadcast_to(np.asarray(delta, np.float32), base.shape).copy(), num_samples=12, num_steps=4, mean_loss=0.5
+        )
+
+
+class Centre:
+    """The other side by hand: broadcasts, takes updates one by one, and answers as it is told."""
+
+    def __init__(self, transport, updates):
+        self.transport = transport
+        self._updates = updates
+        self._assembler = Assembler()
+        self._number = 0
+
+    async def broadcast(
+        self,
+        version,
+        *,
+        number=None,
+        model=None,
+        ledger="a" * 32,
+        up="float32",
+        fraction=1.0,
+        repeat=False,
+        over=False,
+        manifest=MANIFEST,
+        **damage,
+    ):
+        self._number = number or self._number + 1
+        vector = np.full(manifest.size, version, np.float32) if model is None else model
+        frame = ModelFrame(
+            federation=FEDERATION,
+            ledger=ledger,
+            number=self._number,
+            version=version,
+            digest=digest(vector),
+            manifest=manifest,
+            codec="float32",
+            training=PLAN,
+            update_codec=up,
+            fraction=fraction,
+            repeat=repeat,
+            over=over,
+            payload=encode(vector, parse_codec("float32"), manifest=manifest, generator=np.random.default_rng(0)),
+        )
+        await self.transport.publish(Message(NAMES.model, wire.encode(frame.model_copy(update=damage))))
+        return frame
+
+    async def delivery(self):
+        """The next message as it came."""
+        delivery = await self._updates.receive()
+        await self._updates.acknowledge(delivery.tag)
+        return delivery
+
+    async def update(self):
+        return wire.decode(ModelUpdate, (await self.delivery()).body)
+
+    async def answer(self, update, outcome="merged", *, reason=None):
+        receipt = Receipt(
+            federation=FEDERATION,
+            party=update.party,
+            update_id=update.update_id,
+            outcome=outcome,
+            version=update.base_version + 1,
+            staleness=0,
+            weight=0.0 if outcome == "refused" else 0.25,
+            reason=reason or ("base" if outcome == "refused" else None),
+        )
+        await self.send_receipt(update.party, wire.encode(receipt))
+
+    async def send_receipt(self, to, body):
+        await self.transport.publish(Message(NAMES.receipts, body, routing_key=to))
+
+    def has_more_updates(self):
+        return self._updates.receive_nowait() is not None
+
+
+class Running:
+    def __init__(self, worker, outbox):
+        self.worker = worker
+        self.outbox = outbox
+        self.task = None
+
+    async def ended(self):
+        await asyncio.shield(self.task)
+
+    async def kill(self):
+        self.task.cancel()
+        await asyncio.wait([self.task])
+
+
+class Home:
+    """Where a party's worker lives, over its restarts."""
+
+    def __init__(self, folder, broker, party_id="ann"):
+        self.folder = Path(folder)
+        self.broker = broker
+        self.party = party_id
+
+    def connect(self, name):
+        return self.broker.connect(name, user=self.party)
+
+    def outbox(self):
+        return open_outbox(self.folder, party=self.party, federation=FEDERATION)
+
+    @asynccontextmanager
+    async def running(self, train, *, connect=None, clock=time.time, manifest=MANIFEST, grace_s=0.0, link=None, throttle=1.0):
+        """The worker at work; at the end it is stopped, unless it has ended by itself. What it fails with is raised at the end."""
+        with self.outbox() as outbox:
+            worker = Worker(
+                connect or self.connect,
+                outbox,
+                train,
+                identity=Identity(FEDERATION, self.party, manifest),
+                link=Link(**{"part_bytes": 1024, "max_message_bytes": 1 << 20, "inbox_grace_s": grace_s, **(link or {})}),
+                throttle=throttle,
+                clock=clock,
+            )
+            running = Running(worker, outbox)
+            async with asyncio.timeout(PATIENCE_S), asyncio.TaskGroup() as group:
+                running.task = group.create_task(worker.run())
+                try:
+                    yield running
+                finally:
+                    worker.stop()
+
+
+@pytest.fixture
+def broker():
+    broker = MemoryBroker()
+    broker.declare(shared(FEDERATION))
+    broker.apply_policies(policies(FEDERATION, model_bytes=1 << 20))
+    for name in PARTIES:
+        broker.declare(party(FEDERATION, name))
+        broker.users[name] = party_permissions(FEDERATION, name)
+    return broker
+
+
+@pytest.fixture
+def home(tmp_path, broker):
+    return Home(tmp_path / "ann", broker)
+
+
+@pytest.fixture
+def new_home(broker):
+    """A function that makes one: of another party, or in another folder."""
+    return lambda folder, party_id: Home(folder, broker, party_id)
+
+
+@pytest.fixture
+def centre(broker):
+    """A function that opens one."""
+
+    @asynccontextmanager
+    async def opened():
+        async with (
+            asyncio.timeout(PATIENCE_S),
+            broker.connect("centre") as transport,
+            transport.consume(NAMES.updates, prefetch=64, name="centre") as updates,
+        ):
+            yield Centre(transport, updates)
+
+    return opened
+
+
+@pytest.fixture
+def new_trainer():
+    return Trainer
+
+
+@pytest.fixture
+def aggregator(tmp_path, broker):
+    """A function that runs the real one, which merges every update with weight 1."""
+    merging = MergingSettings(mixing_rate=1.0, staleness="constant")
+    limits = Limits(names=NAMES, manifest=MANIFEST, max_update_bytes=1 << 20, max_update_norm=None)
+    pace = Pace(prefetch=8, group_updates=8, group_s=0.001, part_bytes=1024, max_message_bytes=1 << 20, tick_s=0.01)
+
+    @asynccontextmanager
+    async def running(*, versions=None, up="float32"):
+        with open_ledger(sqlite_url(tmp_path / "ledger.db")) as ledger:
+            plan = BroadcastPlan(
+                federation=FEDERATION,
+                ledger_id=ledger.facts()["ledger_id"],
+                manifest=MANIFEST,
+                codec="float32",
+                update_codec=up,
+                training=PLAN,
+                fraction=1.0,
+                repeat=build_strategy(merging).may_repeat,
+                every_versions=1,
+                every_s=1.0,
+            )
+            rules = Rules(
+                limits=limits,
+                merging=merging,
+                plan=plan,
+                goal=Goal(versions=versions),
+                snapshot_every_versions=100,
+                parts_expire_s=60.0,
+            )
+            coordinator = Coordinator(ledger, Snapshots(str(tmp_path / "snapshots"), MANIFEST), rules, clock=time.time)
+            service = Aggregator(
+                broker.connect, coordinator, topology=shared(FEDERATION), limits=limits, pace=pace, clock=time.time
+            )
+            async with asyncio.timeout(PATIENCE_S), asyncio.TaskGroup() as group:
+                task = group.create_task(service.run(lambda: coordinator.open(np.zeros(MANIFEST.size, np.float32))))
+                try:
+                    yield coordinator, task
+                finally:
+                    service.stop()
+
+    return running

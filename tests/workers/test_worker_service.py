@@ -1,0 +1,701 @@
+import asyncio
+import sqlite3
+import threading
+from contextlib import asynccontextmanager
+
+import numpy as np
+import pytest
+from structlog.testing import capture_logs
+
+from broker_fl.codecs.codec import decode, parse_codec
+from broker_fl.errors import (
+    AuthenticationError,
+    BrokerUnavailableError,
+    ManifestMismatchError,
+    NotFoundError,
+    QueueInUseError,
+    StorageFullError,
+    StorageInUseError,
+)
+from broker_fl.parameters import manifest_of
+from broker_fl.topology import Names
+from broker_fl.transports.model_log import open_frame
+from schemas import wire
+from schemas.update import ModelUpdate
+from workers.outbox import outbox_file, read_counters
+from workers.participation import is_selected
+from workers.service import seed_of
+
+NAMES = Names("ward")
+SPARSE = "topk:0.05+int4"
+
+
+class KilledError(Exception):
+    """Stands for the end of the process: nothing in the worker knows it, so nothing is tidied up for it."""
+
+
+class Watched:
+    """A transport that goes through `before(message)` before it publishes."""
+
+    def __init__(self, transport, before):
+        self._transport = transport
+        self._before = before
+
+    def __getattr__(self, name):
+        return getattr(self._transport, name)
+
+    async def publish(self, message):
+        await self._before(message)
+        await self._transport.publish(message)
+
+
+def watched(home, before):
+    @asynccontextmanager
+    async def connect(name):
+        async with home.connect(name) as transport:
+            yield Watched(transport, before)
+
+    return connect
+
+
+def raises(*kinds):
+    return pytest.RaisesGroup(*kinds, flatten_subgroups=True, allow_unwrapped=True)
+
+
+def content(update, manifest):
+    return decode(update.payload, parse_codec(update.codec), manifest=manifest).dense()
+
+
+async def until(condition):
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+def counters(home):
+    return read_counters(home.folder, home.party)
+
+
+def residual(home, manifest):
+    with home.outbox() as outbox:
+        return outbox.residual(manifest.digest)
+
+
+# Training
+
+
+async def test_frame_is_trained_from_and_the_update_says_all_about_it(home, centre, new_trainer):
+    train = new_trainer(0.5)
+    async with centre() as hub, home.running(train):
+        frame = await hub.broadcast(4)
+        delivery = await hub.delivery()
+    update = wire.decode(ModelUpdate, delivery.body)
+    assert (update.federation, update.party, update.sequence) == ("ward", "ann", 1)
+    assert (update.base_version, update.base_digest) == (4, frame.digest)
+    assert update.manifest_digest == frame.manifest.digest
+    assert (update.num_samples, update.num_steps, update.train_loss) == (12, 4, 0.5)
+    assert np.array_equal(content(update, frame.manifest), np.full(frame.manifest.size, 0.5, np.float32))
+    assert delivery.exchange == NAMES.up("ann")
+    assert (delivery.user_id, delivery.message_id) == ("ann", update.update_id)
+    assert delivery.headers == {
+        "x-fl-party": "ann",
+        "x-fl-sequence": 1,
+        "x-fl-base-version": 4,
+        "x-fl-codec": "float32",
+        "x-fl-bytes": len(delivery.body),
+    }
+    assert np.array_equal(train.bases[0], np.full(frame.manifest.size, 4, np.float32))
+    assert train.plans == [frame.training]
+    assert train.seeds == [seed_of("ann", 1)]
+
+
+async def test_party_trains_once_from_each_version(home, centre, new_trainer):
+    train = new_trainer()
+    async with centre() as hub, home.running(train):
+        for version in (1, 2):
+            frame = await hub.broadcast(version)
+            update = await hub.update()
+            assert (update.base_version, update.sequence) == (version, version)
+            await hub.answer(update)
+        # A frame that is broadcast again, by its number or by its version, is no reason to train again.
+        await hub.broadcast(2, number=2)
+        await hub.broadcast(2, number=3)
+        await until(lambda: counters(home).get("frames_received") == 4)
+        await hub.broadcast(3, number=4)
+        assert (await hub.update()).base_version == 3
+        assert not hub.has_more_updates()
+    assert len(train.bases) == 3
+    assert train.seeds == [seed_of("ann", number) for number in (1, 2, 3)]
+    assert frame.version == 2
+
+
+async def test_restarted_worker_does_not_train_from_the_same_version_again(home, centre, new_trainer):
+    train = new_trainer()
+    async with centre() as hub:
+        async with home.running(train):
+            await hub.broadcast(1)
+            await hub.answer(await hub.update())
+        async with home.running(train):
+            await until(lambda: counters(home)["frames_received"] == 2)
+            await until(lambda: counters(home).get("updates_merged") == 1)
+            await hub.broadcast(2)
+            assert (await hub.update()).sequence == 2
+    assert len(train.bases) == 2
+
+
+async def test_training_goes_on_with_the_newest_frame_when_it_is_done(home, centre, new_trainer):
+    train = new_trainer()
+    async with centre() as hub, home.running(train):
+        train.goes_on.clear()
+        await hub.broadcast(1)
+        assert await asyncio.to_thread(train.began.wait, 10)
+        for version in range(2, 7):
+            await hub.broadcast(version)
+        await until(lambda: counters(home).get("frames_received") == 6)
+        train.goes_on.set()
+        assert (await hub.update()).base_version == 1
+        assert (await hub.update()).base_version in range(2, 7)
+        await hub.broadcast(7)
+        updates = [await hub.update()]
+        while updates[-1].base_version < 7:
+            updates.append(await hub.update())
+
+
+async def test_late_worker_begins_with_the_newest_frame(home, centre, new_trainer):
+    async with centre() as hub:
+        for version in (1, 2, 3):
+            await hub.broadcast(version)
+        async with home.running(new_trainer()):
+            assert (await hub.update()).base_version == 3
+
+
+async def test_another_ledger_starts_the_numbering_again(home, centre, new_trainer):
+    train = new_trainer()
+    async with centre() as hub, home.running(train):
+        await hub.broadcast(7, number=9)
+        await hub.answer(await hub.update())
+        await hub.broadcast(7, number=1, ledger="b" * 32)
+        update = await hub.update()
+    assert (update.base_version, update.sequence) == (7, 2)
+
+
+async def test_party_that_may_repeat_trains_again_only_when_its_update_is_settled(home, centre, new_trainer):
+    train = new_trainer()
+    async with centre() as hub, home.running(train):
+        await hub.broadcast(1, repeat=True)
+        for number in (1, 2, 3):
+            update = await hub.update()
+            assert (update.base_version, update.sequence) == (1, number)
+            # A frame that comes meanwhile is looked at, and still nothing is trained.
+            await hub.broadcast(1, repeat=True)
+            await until(lambda: counters(home).get("frames_received") == number + 1)  # noqa: B023
+            assert len(train.bases) == number
+            await hub.answer(update, "buffered")
+        await hub.update()
+
+
+async def test_party_that_is_not_selected_waits_for_a_frame_that_selects_it(home, centre, new_trainer):
+    chosen = [
+        version
+        for version in range(1, 40)
+        if is_selected(federation="ward", party="ann", version=version, number=version, fraction=0.2)
+    ]
+    assert 2 < len(chosen) < 20
+    assert chosen[0] > 1
+    train = new_trainer()
+    async with centre() as hub, home.running(train):
+        for version in range(1, chosen[2] + 1):
+            await hub.broadcast(version, number=version, fraction=0.2)
+            await until(lambda: counters(home).get("frames_received") == version)  # noqa: B023
+            if version in chosen:
+                update = await hub.update()
+                assert update.base_version == version
+                await hub.answer(update)
+        assert not hub.has_more_updates()
+    assert len(train.bases) == 3
+
+
+async def test_diverged_training_sends_nothing_and_the_next_model_is_waited_for(home, centre, new_trainer):
+    train = new_trainer(lambda number: np.nan if number == 1 else np.inf if number == 2 else 1.0)
+    async with centre() as hub, home.running(train):
+        for version in (1, 2):
+            await hub.broadcast(version)
+            await until(lambda: counters(home).get("trainings_diverged") == version)  # noqa: B023
+        frame = await hub.broadcast(3)
+        update = await hub.update()
+        assert (update.base_version, update.sequence) == (3, 1)
+        assert np.isfinite(content(update, frame.manifest)).all()
+        assert not hub.has_more_updates()
+    assert len(train.bases) == 3
+    assert counters(home)["trainings"] == 1
+    assert not residual(home, frame.manifest).any()
+
+
+# Exactly once
+
+
+async def test_update_residual_and_counters_are_stored_before_anything_is_sent(home, centre, new_trainer):
+    async def before(_message):
+        raise KilledError
+
+    async with centre() as hub:
+        with raises(KilledError):
+            async with home.running(new_trainer(), connect=watched(home, before)) as running:
+                frame = await hub.broadcast(1, up=SPARSE)
+                await running.ended()
+        assert not hub.has_more_updates()
+        assert counters(home) == {"frames_received": 1, "bytes_down": counters(home)["bytes_down"], "trainings": 1, "steps": 4}
+        assert np.count_nonzero(residual(home, frame.manifest)) == 1900
+        # Killed after storing and before sending: the next start sends it, and does not train from that version again.
+        train = new_trainer()
+        async with home.running(train):
+            update = await hub.update()
+            assert (update.sequence, update.base_version) == (1, 1)
+            await hub.answer(update)
+            await until(lambda: counters(home).get("updates_merged") == 1)
+        assert train.bases == []
+        assert not hub.has_more_updates()
+
+
+async def test_update_that_cannot_be_stored_is_not_sent_and_leaves_no_trace(home, centre, new_trainer):
+    large = manifest_of({"weight": np.zeros(100_000, np.float32)})
+    async with centre() as hub:
+        with raises(StorageFullError):
+            async with home.running(new_trainer(), manifest=large) as running:
+                running.outbox._connection.exec_driver_sql("PRAGMA max_page_count = 1")
+                running.outbox._connection.rollback()
+                await hub.broadcast(1, manifest=large)
+                await running.ended()
+        assert not hub.has_more_updates()
+        assert "trainings" not in counters(home)
+        assert residual(home, large) is None
+        async with home.running(new_trainer(), manifest=large):
+            assert (await hub.update()).sequence == 1
+
+
+async def test_retry_sends_the_same_bytes_under_the_same_id(home, centre, new_trainer):
+    """The broker takes the message, and the connection is lost before it says so."""
+    bodies = []
+
+    @asynccontextmanager
+    async def connect(name):
+        async with home.connect(name) as transport:
+            yield DoubtAfterTheFirst(transport)
+
+    class DoubtAfterTheFirst(Watched):
+        def __init__(self, transport):
+            super().__init__(transport, None)
+
+        async def publish(self, message):
+            bodies.append((message.message_id, message.body))
+            await self._transport.publish(message)
+            if len(bodies) < 3:
+                raise BrokerUnavailableError("no confirmation came")
+
+    async with centre() as hub, home.running(new_trainer(), connect=connect):
+        await hub.broadcast(1, up=SPARSE)
+        deliveries = [await hub.delivery() for _ in range(3)]
+    assert len({(delivery.message_id, delivery.body) for delivery in deliveries}) == 1
+    assert len(set(bodies)) == 1
+
+
+async def test_restarted_worker_sends_what_was_never_confirmed_and_no_more(home, centre, new_trainer):
+    train = new_trainer()
+    async with centre() as hub:
+        async with home.running(train):
+            await hub.broadcast(1)
+            confirmed = await hub.update()
+            await until(lambda: counters(home).get("updates_sent") == 1)
+        async with home.running(train):
+            await hub.broadcast(2)
+            assert (await hub.update()).sequence == 2
+            assert not hub.has_more_updates()
+    assert confirmed.sequence == 1
+
+
+async def test_confirmed_update_without_a_receipt_is_sent_again_after_a_while(home, centre, new_trainer):
+    now = [1000.0]
+    async with centre() as hub, home.running(new_trainer(), clock=lambda: now[0]):
+        await hub.broadcast(1)
+        first = await hub.delivery()
+        await until(lambda: counters(home).get("updates_sent") == 1)
+        now[0] += 121.0
+        await hub.broadcast(2)
+        again, second = await hub.delivery(), await hub.delivery()
+    assert (again.message_id, again.body) == (first.message_id, first.body)
+    assert wire.decode(ModelUpdate, second.body).sequence == 2
+
+
+async def test_killed_worker_loses_no_update_wherever_it_was(home, centre, new_trainer):
+    """Each life is ended at another moment. At the end every sequence number has arrived, each under one id."""
+    arrived = {}
+
+    async with centre() as hub:
+
+        async def collect():
+            while True:
+                update = await hub.update()
+                assert arrived.setdefault(update.sequence, update) == update
+                await hub.answer(update)
+
+        async with asyncio.TaskGroup() as group:
+            collecting = group.create_task(collect())
+            version = 0
+            for yields in (1, 5, 20, 60, 150, 400, 1000):
+                async with home.running(new_trainer()) as running:
+                    for _ in range(3):
+                        version += 1
+                        await hub.broadcast(version)
+                        for _ in range(yields):
+                            await asyncio.sleep(0)
+                    await running.kill()
+            async with home.running(new_trainer()) as running:
+                version += 1
+                await hub.broadcast(version)
+                await until(lambda: any(update.base_version == version for update in arrived.values()))
+                await until(lambda: counters(home).get("updates_merged") == counters(home)["trainings"])
+            collecting.cancel()
+    trainings = counters(home)["trainings"]
+    assert sorted(arrived) == list(range(1, trainings + 1))
+
+
+# Receipts
+
+
+async def test_settled_update_is_gone_and_counted(home, centre, new_trainer):
+    async with centre() as hub:
+        async with home.running(new_trainer()):
+            for version, outcome in ((1, "merged"), (2, "buffered"), (3, "refused")):
+                await hub.broadcast(version)
+                await hub.answer(await hub.update(), outcome)
+                await until(lambda: counters(home).get(f"updates_{outcome}") == 1)  # noqa: B023
+        with home.outbox() as outbox:
+            assert outbox.unsettled_count() == 0
+            assert outbox.next_sequence() == 4
+
+
+async def test_content_of_a_refused_update_is_back_in_the_residual_to_the_last_bit(home, centre, new_trainer):
+    delta = np.random.default_rng(3).standard_normal(2008).astype(np.float32)
+    async with centre() as hub:
+        async with home.running(new_trainer(delta)):
+            frame = await hub.broadcast(1, up=SPARSE)
+            update = await hub.update()
+            await until(lambda: counters(home).get("updates_sent") == 1)
+        sent = content(update, frame.manifest)
+        left = residual(home, frame.manifest)
+        assert np.array_equal(left, delta - sent)
+        assert np.count_nonzero(sent) < 200
+        async with home.running(new_trainer(delta)):
+            await hub.answer(update, "refused")
+            await until(lambda: counters(home).get("updates_refused") == 1)
+    assert np.array_equal(residual(home, frame.manifest), left + sent)
+    assert np.allclose(residual(home, frame.manifest), delta, atol=1e-6)
+
+
+async def test_receipt_that_comes_twice_gives_back_once(home, centre, new_trainer):
+    async with centre() as hub, home.running(new_trainer()):
+        frame = await hub.broadcast(1)
+        update = await hub.update()
+        for _ in range(3):
+            await hub.answer(update, "refused")
+        await hub.broadcast(2)
+        second = await hub.update()
+    # float32 sends everything: the residual held the first update once.
+    assert np.array_equal(content(second, frame.manifest), np.full(frame.manifest.size, 2.0, np.float32))
+    assert counters(home)["updates_refused"] == 1
+
+
+async def test_error_feedback_conserves_all_that_was_learnt(home, centre, new_trainer):
+    """What was merged and what is still left over add up to the sum of all trainings, with refusals on the way."""
+    deltas = np.random.default_rng(5).standard_normal((9, 2008)).astype(np.float32)
+    merged = np.zeros(2008, np.float64)
+    async with centre() as hub:
+        for life in range(3):
+            async with home.running(new_trainer(lambda number, life=life: deltas[3 * life + number - 1])):
+                for number in range(1, 4):
+                    version = 3 * life + number
+                    frame = await hub.broadcast(version, up=SPARSE)
+                    update = await hub.update()
+                    is_refused = version in (2, 5, 6)
+                    await hub.answer(update, "refused" if is_refused else "merged")
+                    if not is_refused:
+                        merged += content(update, frame.manifest)
+                    settled = f"updates_{'refused' if is_refused else 'merged'}"
+                    expected = sum(1 for done in range(1, version + 1) if (done in (2, 5, 6)) == is_refused)
+                    await until(lambda: counters(home).get(settled) == expected)  # noqa: B023
+    assert np.allclose(merged + residual(home, frame.manifest), deltas.sum(axis=0, dtype=np.float64), atol=1e-5)
+    assert counters(home)["trainings"] == 9
+
+
+async def test_receipt_that_is_none_or_of_an_unknown_update_is_left_out(home, centre, new_trainer, broker):
+    async with centre() as hub, home.running(new_trainer()):
+        frame = await hub.broadcast(1)
+        update = await hub.update()
+        await hub.send_receipt("ann", b"no receipt")
+        await hub.answer(update.model_copy(update={"update_id": "f" * 32}), "refused")
+        await hub.answer(update)
+        await until(lambda: counters(home).get("updates_merged") == 1)
+        assert broker.depth(NAMES.inbox("ann")) == 0
+    assert "updates_refused" not in counters(home)
+    assert not residual(home, frame.manifest).any()
+
+
+async def test_receipt_that_came_while_the_worker_was_away_is_read_at_the_next_start(home, centre, new_trainer):
+    async with centre() as hub:
+        async with home.running(new_trainer()):
+            await hub.broadcast(1)
+            update = await hub.update()
+        await hub.answer(update)
+        async with home.running(new_trainer()):
+            await until(lambda: counters(home).get("updates_merged") == 1)
+
+
+# Frames that must not be trained from
+
+
+async def test_frame_that_decodes_to_another_model_than_it_says_is_left_out(home, centre, new_trainer):
+    train = new_trainer()
+    async with centre() as hub, home.running(train):
+        with capture_logs() as logs:
+            for number, damage in enumerate(({"digest": "0" * 64}, {"federation": "clinic"}, {"payload": b"short"}), start=1):
+                await hub.broadcast(number, **damage)
+                await until(lambda: sum(line["event"] == "broadcast left out" for line in logs) == number)  # noqa: B023
+        await hub.broadcast(4)
+        assert (await hub.update()).base_version == 4
+    assert len(train.bases) == 1
+
+
+async def test_another_model_than_the_tasks_ends_the_worker_with_the_difference(home, centre, new_trainer):
+    other = manifest_of({"hidden.weight": np.zeros((3, 4), np.float32)})
+    async with centre() as hub:
+        with raises(ManifestMismatchError):
+            async with home.running(new_trainer()) as running:
+                await hub.broadcast(1, manifest=other)
+                await running.ended()
+
+
+# The end
+
+
+async def test_last_frame_ends_the_worker(home, centre, new_trainer):
+    train = new_trainer()
+    async with centre() as hub:
+        async with home.running(train) as running:
+            await hub.broadcast(1)
+            await hub.update()
+            await hub.broadcast(2, over=True)
+            await running.ended()
+        async with home.running(train) as running:
+            await running.ended()
+    assert len(train.bases) == 1
+
+
+async def test_last_frame_ends_a_training(home, centre, new_trainer):
+    train = new_trainer()
+    async with centre() as hub, home.running(train) as running:
+        train.goes_on.clear()
+        await hub.broadcast(1)
+        assert await asyncio.to_thread(train.began.wait, 10)
+        await hub.broadcast(2, over=True)
+        await running.ended()
+    assert "trainings" not in counters(home)
+
+
+async def test_receipts_that_came_before_the_last_frame_are_settled_before_the_worker_ends(home, centre, new_trainer, broker):
+    """More than the prefetch window holds, so that they take longer than the frame."""
+    async with centre() as hub:
+        async with home.running(new_trainer()):
+            for version in range(1, 41):
+                await hub.broadcast(version)
+                await hub.update()
+        with home.outbox() as outbox:
+            stored = [outbox.unsettled(update_id) for update_id in _update_ids(home)]
+        for one in stored:
+            await hub.answer(wire.decode(ModelUpdate, one.body))
+        await hub.broadcast(41, over=True)
+        async with home.running(new_trainer()) as running:
+            await running.ended()
+    assert counters(home)["updates_merged"] == 40
+    assert broker.depth(NAMES.inbox("ann")) == 0
+
+
+async def test_federation_that_goes_on_after_its_end_has_its_party_again(home, centre, new_trainer):
+    async with centre() as hub:
+        async with home.running(new_trainer()) as running:
+            await hub.broadcast(1, over=True)
+            await running.ended()
+        await hub.broadcast(1)
+        async with home.running(new_trainer()):
+            assert (await hub.update()).base_version == 1
+
+
+async def test_stop_drops_the_training_and_keeps_the_outbox(home, centre, new_trainer):
+    train = new_trainer()
+    async with centre() as hub:
+        async with home.running(train) as running:
+            await hub.broadcast(1)
+            update = await hub.update()
+            train.goes_on.clear()
+            train.began.clear()
+            await hub.broadcast(2)
+            assert await asyncio.to_thread(train.began.wait, 10)
+            running.worker.stop()
+            await running.ended()
+        with home.outbox() as outbox:
+            assert outbox.unsettled(update.update_id) is not None
+            assert outbox.unsettled_count() == 1
+
+
+# One worker for a party
+
+
+async def test_second_worker_on_the_same_folder_is_refused(home, centre, new_trainer):
+    async with home.running(new_trainer()):
+        with pytest.raises(StorageInUseError, match="another worker on this machine already serves party 'ann'"):
+            async with home.running(new_trainer()):
+                pass
+
+
+async def test_second_worker_in_another_folder_is_refused_after_the_grace(home, new_home, tmp_path, centre, new_trainer):
+    elsewhere = new_home(tmp_path / "elsewhere", "ann")
+    async with centre() as hub, home.running(new_trainer()):
+        await hub.broadcast(1)
+        await hub.update()
+        with raises(QueueInUseError):
+            async with elsewhere.running(new_trainer(), grace_s=0.1) as second:
+                await second.ended()
+
+
+async def test_inbox_that_a_lost_connection_still_holds_is_waited_for(home, centre, new_trainer):
+    async with centre() as hub, home.connect("the lost connection") as old:
+        async with home.running(new_trainer(), grace_s=30.0):
+            async with old.consume(NAMES.inbox("ann"), prefetch=1, name="old", exclusive=True):
+                await hub.broadcast(1)
+                await asyncio.sleep(0.05)
+                assert not hub.has_more_updates()
+            assert (await hub.update()).base_version == 1
+
+
+# A broker that is away
+
+
+async def test_training_goes_on_while_the_broker_is_away_and_the_update_follows(home, centre, new_trainer, broker):
+    train = new_trainer()
+    async with centre() as hub:
+        train.goes_on.clear()
+        async with home.running(train):
+            await hub.broadcast(1)
+            assert await asyncio.to_thread(train.began.wait, 10)
+            broker.stop()
+            train.goes_on.set()
+            await until(lambda: counters(home).get("trainings") == 1)
+            broker.start()
+            async with centre() as hub_again:
+                update = await hub_again.update()
+                assert (update.base_version, update.sequence) == (1, 1)
+
+
+async def test_broker_that_is_away_at_the_start_is_waited_for(home, centre, new_trainer, broker):
+    broker.stop()
+    async with home.running(new_trainer()):
+        await asyncio.sleep(0.05)
+        broker.start()
+        async with centre() as hub:
+            await hub.broadcast(1)
+            assert (await hub.update()).base_version == 1
+
+
+async def test_party_that_was_never_enrolled_is_told_so(home, broker, new_trainer):
+    broker.delete_queue(NAMES.inbox("ann"))
+    with raises(NotFoundError):
+        async with home.running(new_trainer()) as running:
+            await running.ended()
+
+
+async def test_party_with_a_wrong_login_is_told_so(new_home, tmp_path, new_trainer):
+    with raises(AuthenticationError):
+        async with new_home(tmp_path, "eve").running(new_trainer()) as running:
+            await running.ended()
+
+
+async def test_stop_while_the_broker_is_away_ends_at_once(home, broker, new_trainer):
+    broker.stop()
+    async with home.running(new_trainer()) as running:
+        await asyncio.sleep(0.01)
+        running.worker.stop()
+        await running.ended()
+
+
+# With the real aggregator
+
+
+async def test_large_update_travels_in_parts_and_is_merged(home, broker, new_trainer, aggregator):
+    broker.max_message_bytes = 16_384
+    async with aggregator() as (coordinator, _):
+        async with home.running(new_trainer(0.5), link={"max_message_bytes": 2048}) as running:
+            await until(lambda: counters(home).get("updates_merged", 0) >= 3)
+            running.worker.stop()
+            await running.ended()
+        assert coordinator.version >= 3
+        assert coordinator.counts["duplicate"] == coordinator.counts["refused"] == 0
+
+
+async def test_all_that_a_party_learnt_is_in_the_model_or_in_its_residual(home, new_home, tmp_path, new_trainer, aggregator, broker):
+    """Over kills of both sides and of the broker: with weight 1 the model is the sum of what was merged, to rounding."""
+    homes = [home, new_home(tmp_path / "bob", "bob")]
+    killed = threading.Event()
+
+    async def live(one, lives):
+        for _ in range(lives):
+            async with one.running(new_trainer(1.0)) as running:
+                before = counters(one).get("trainings", 0)
+                await until(lambda: counters(one).get("trainings", 0) >= before + 2 or running.task.done())  # noqa: B023
+                await running.kill()
+
+    async def disturb():
+        await until(lambda: counters(homes[0]).get("trainings", 0) >= 3)
+        broker.stop()
+        await asyncio.sleep(0.02)
+        broker.start()
+        killed.set()
+
+    async with aggregator(up=SPARSE):
+        async with asyncio.TaskGroup() as group:
+            for one in homes:
+                group.create_task(live(one, 4))
+            group.create_task(disturb())
+    # The last lives: everything that lies in an outbox is sent, decided and settled.
+    async with aggregator(up=SPARSE) as (coordinator, _):
+        for one in homes:
+            train = new_trainer(0.0)
+            train.goes_on.clear()
+            async with one.running(train):
+                await until(lambda: _unsettled(one) == 0)  # noqa: B023
+        with_model = coordinator
+        async with broker.connect("onlooker") as transport:
+            await until(lambda: coordinator.unpublished() is None)
+            async with transport.follow(NAMES.model_log, start="first", name="onlooker") as log:
+                body = b""
+                while (delivery := log.receive_nowait()) is not None:
+                    body = delivery.body
+        manifest = with_model._plan.manifest
+        received = open_frame(body, federation="ward", manifest=manifest)
+        assert received.frame.version == coordinator.version
+    assert killed.is_set()
+    learnt = sum(counters(one)["trainings"] for one in homes)
+    kept = sum(residual(one, manifest).astype(np.float64) for one in homes)
+    assert learnt >= 12
+    assert np.allclose(received.model + kept, learnt, atol=1e-3)
+
+
+def _unsettled(one):
+    return len(_update_ids(one))
+
+
+def _update_ids(one):
+    """Of what waits to be settled, beside a worker that is at work."""
+    connection = sqlite3.connect(outbox_file(one.folder, one.party))
+    try:
+        return [row[0] for row in connection.execute("SELECT update_id FROM updates")]
+    finally:
+        connection.close()
