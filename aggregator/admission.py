@@ -20,7 +20,6 @@ from schemas.manifest import Manifest
 from schemas.receipt import Reason
 from schemas.update import ModelUpdate
 
-
 MAX_MAGNITUDE = 1e6
 """Of a delta's element. No trained weight comes near it, and no number of merges within it can make the model overflow."""
 

@@ -64,7 +64,9 @@ def _check_sqlite(engine: Engine, url: str) -> None:
     with engine.connect() as connection:
         verdict = connection.execute(text("PRAGMA quick_check(1)")).scalar_one()
     if verdict != "ok":
-        raise DamagedError(f"{display_name(url)} is damaged ({verdict}): restore it from a backup; it is left as it is")
+        # SQLite says it in several lines.
+        found = " ".join(str(verdict).split())
+        raise DamagedError(f"{display_name(url)} is damaged ({found}): restore it from a backup; it is left as it is")
 
 
 @contextmanager

@@ -11,7 +11,8 @@ app = typer.Typer(
     name="broker-fl",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    # Rich's tables cut long words off in narrow terminals, and its markup takes [broker] for a style.
+    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("demo")(demo.command)

@@ -193,8 +193,17 @@ PATIENCE_S = 20.0
 """The bound of every wait."""
 
 
+async def until(condition):
+    """For what happens in threads and files, where no event can be awaited."""
+    async with asyncio.timeout(PATIENCE_S):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+
+
 class Ward:
     """A broker with its parties, a bench's aggregator upon it, and what its parties and onlookers do."""
+
+    until = staticmethod(until)
 
     def __init__(self, bench, broker):
         self.bench = bench
@@ -241,9 +250,11 @@ class Ward:
 
     @asynccontextmanager
     async def events(self, kind="#"):
-        async with self.broker.connect("onlooker") as transport:
-            async with transport.listen(self.names.events, routing_key=kind, name="onlooker") as feed:
-                yield Onlooker(feed)
+        async with (
+            self.broker.connect("onlooker") as transport,
+            transport.listen(self.names.events, routing_key=kind, name="onlooker") as feed,
+        ):
+            yield Onlooker(feed)
 
     @asynccontextmanager
     async def quarantine(self):

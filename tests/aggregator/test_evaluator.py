@@ -158,8 +158,7 @@ async def test_broadcast_that_is_no_frame_is_left_out(studio):
     async with studio.ward.events("model.evaluated") as onlooker, studio.running():
         with capture_logs() as logs:
             await studio.publish(b"no frame")
-            while not any(line["event"] == "broadcast left out" for line in logs):
-                await asyncio.sleep(0.001)
+            await studio.ward.until(lambda: any(line["event"] == "broadcast left out" for line in logs))
         await studio.broadcast(1, accuracy=0.5)
         assert (await onlooker.next("model.evaluated")).version == 1
 
@@ -203,8 +202,7 @@ async def test_broker_that_comes_back_is_waited_for(studio):
 async def test_frame_that_was_broadcast_while_the_broker_was_lost_is_evaluated(studio):
     async with studio.running() as task:
         await studio.broadcast(1, accuracy=0.1)
-        while not studio.scorer.seen:
-            await asyncio.sleep(0.001)
+        await studio.ward.until(lambda: studio.scorer.seen)
         studio.ward.broker.stop()
         studio.ward.broker.start()
         await studio.broadcast(2, accuracy=0.2, over=True)

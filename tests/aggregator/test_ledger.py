@@ -109,13 +109,14 @@ def test_entries_without_an_update_need_no_party(ledger):
 
 def test_transaction_that_fails_in_the_middle_leaves_nothing(ledger, file):
     def fail():
-        raise ZeroDivisionError
+        with ledger.transaction():
+            ledger.append([entry(1)])
+            ledger.add_frame(frame(1))
+            ledger.add_part(part(0))
+            ledger.set_fact("over", "yes")
+            raise ZeroDivisionError
 
-    with pytest.raises(ZeroDivisionError), ledger.transaction():
-        ledger.append([entry(1)])
-        ledger.add_frame(frame(1))
-        ledger.add_part(part(0))
-        ledger.set_fact("over", "yes")
+    with pytest.raises(ZeroDivisionError):
         fail()
     assert list(ledger.entries_after(0)) == []
     assert ledger.last_frame() is None

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from aggregator.coordinator import Coordinator
 from aggregator.decisions import Goal
 from aggregator.recovery import manifest_of_ledger, recover
 from aggregator.verification import verify
@@ -238,8 +239,6 @@ def test_start_without_any_snapshot_in_the_ledger_fails(bench):
 def test_commit_that_finds_no_space_is_undone_and_decided_again_at_the_next_start(bench):
     with bench.ledger() as ledger:
         rules = bench.rules(ledger.facts()["ledger_id"])
-        from aggregator.coordinator import Coordinator
-
         coordinator = Coordinator(ledger, bench.snapshots(), rules, clock=bench.clock)
         coordinator.open(bench.initial)
         coordinator.tick()

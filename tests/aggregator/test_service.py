@@ -10,6 +10,7 @@ from broker_fl.config import MergingSettings
 from broker_fl.errors import AccessRefusedError, BrokerUnavailableError, QueueInUseError, StorageFullError
 from broker_fl.parameters import digest
 from broker_fl.topology import shared
+from broker_fl.transports.parts import split
 from broker_fl.transports.transport import Message
 from schemas import wire
 from schemas.event import Event
@@ -74,10 +75,6 @@ def killed_before(ward, what):
 async def expecting_kill():
     with pytest.RaisesGroup(KilledError, flatten_subgroups=True, allow_unwrapped=True):
         yield
-
-
-def some_raised(group, kind):
-    return group.subgroup(kind) is not None
 
 
 # Merging
@@ -367,8 +364,6 @@ async def test_parts_that_came_before_a_restart_are_not_needed_again(ward):
 
 
 async def _send_all_but_the_last_part(one, message):
-    from broker_fl.transports.parts import split
-
     *parts, last = split(message, part_bytes=2048, limit_bytes=2048)
     for part in parts:
         await one.transport.publish(part)
@@ -410,8 +405,7 @@ async def test_all_that_was_decided_is_answered_before_the_end(ward):
         for seed in range(3):
             await ann.send(base, seed=seed)
         await waiting.wait()
-        while len(ward.merged()) < 3:
-            await asyncio.sleep(0)
+        await ward.until(lambda: len(ward.merged()) == 3)
         gate.set()
         await running.ended()
         assert [receipt.version for receipt in await ann.receipts(3)] == [1, 2, 3]
@@ -428,12 +422,14 @@ async def test_receipts_come_before_the_last_frame(ward):
         elif what == ward.names.model and argument.headers["x-fl-over"]:
             order.append("over")
 
-    async with ward.running(connect=watched(ward, before), goal=Goal(versions=9), pace={"group_updates": 2}) as running:
-        async with ward.party() as ann:
-            base = (await ann.frame()).frame
-            for seed in range(9):
-                await ann.send(base, seed=seed)
-            await running.ended()
+    async with (
+        ward.running(connect=watched(ward, before), goal=Goal(versions=9), pace={"group_updates": 2}) as running,
+        ward.party() as ann,
+    ):
+        base = (await ann.frame()).frame
+        for seed in range(9):
+            await ann.send(base, seed=seed)
+        await running.ended()
     assert order == ["receipt"] * 9 + ["over"]
 
 
@@ -550,8 +546,7 @@ async def test_broker_that_stops_and_starts_loses_and_doubles_nothing(ward):
 
         async def disturb():
             for merged in (5, 20):
-                while running.coordinator.version < merged:
-                    await asyncio.sleep(0)
+                await ward.until(lambda: running.coordinator.version >= merged)  # noqa: B023
                 ward.broker.stop()
                 await asyncio.sleep(0.01)
                 ward.broker.start()
@@ -559,8 +554,7 @@ async def test_broker_that_stops_and_starts_loses_and_doubles_nothing(ward):
         async with asyncio.TaskGroup() as group:
             group.create_task(send())
             group.create_task(disturb())
-        while running.coordinator.version < base.version + 33:
-            await asyncio.sleep(0.001)
+        await ward.until(lambda: running.coordinator.version == base.version + 33)
         async with ward.party() as ann:
             # Past the staleness bound the rest is refused, which is a decision too.
             known = set()
@@ -595,8 +589,7 @@ async def test_federation_that_ends_while_the_broker_is_away_waits_for_it_withou
         async with ward.party() as ann:
             await ann.frame()
         ward.broker.stop()
-        while not running.coordinator.is_over:
-            await asyncio.sleep(0.001)
+        await ward.until(lambda: running.coordinator.is_over)
         assert attempts <= 3
         ward.broker.start()
         await running.ended()
@@ -639,8 +632,7 @@ async def test_failed_decision_ends_it_though_the_broker_was_lost_at_the_same_mo
                     await ann.send(base, seed=seed)
                 assert await asyncio.to_thread(in_decision.wait, 10)
             ward.broker.stop()
-            while "aggregator:ward" in ward.broker.connections():
-                await asyncio.sleep(0)
+            await ward.until(lambda: "aggregator:ward" not in ward.broker.connections())
             armed.clear()
             go_on.set()
             # There is space again when the broker is back: nothing but the failure itself can tell.

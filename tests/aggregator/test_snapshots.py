@@ -1,3 +1,5 @@
+import hashlib
+
 import fsspec
 import numpy as np
 import pytest
@@ -114,8 +116,6 @@ def test_damaged_snapshot_is_named(snapshots, tmp_path, damage):
 
 
 def test_file_of_another_kind_with_the_right_digest_is_damaged(snapshots, tmp_path):
-    import hashlib
-
     (tmp_path / "model.safetensors").write_bytes(b"not tensors")
     with pytest.raises(DamagedError, match=r"model\.safetensors is not a safetensors file"):
         snapshots.read(Stored("model.safetensors", hashlib.sha256(b"not tensors").hexdigest()))

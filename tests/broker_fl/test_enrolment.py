@@ -245,7 +245,6 @@ def test_file_keeps_the_brokers_address(tmp_path, host: str, expected: str):
     assert enrolled.broker.url.get_secret_value() == f"amqp://alice:correct-horse_1@{expected}/"
 
 
-@pytest.mark.xfail(strict=True, raises=ConfigurationError, reason="the file names max_message_bytes and not part_bytes")
 def test_file_of_a_broker_with_a_small_limit_loads(tmp_path):
     settings = settings_for(url=ADMINISTRATOR, max_message_bytes=262_144, part_bytes=65_536)
     enrolled = written(tmp_path / "alice.toml", settings)

@@ -52,7 +52,7 @@ async def federation_on_own_node(own_node: LocalRabbitMQ, tmp_path: Path) -> Asy
 
 @pytest.fixture(scope="session")
 def played(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a demo that was played in memory: `aggregator`, `workers`, `summary.json` and `said`. Only to read and copy."""
+    """Of a demo that was played in memory: the folder `demo`, and the files `summary.json` and `said`. Only to read and copy."""
     folder = tmp_path_factory.mktemp("played")
     arguments = ["--broker", "memory", "--task", f"{TASKS}:TASK", "--parties", "3", "--versions", "30", "--partition", "iid"]
     files = ["--folder", str(folder / "demo"), "--json", str(folder / "summary.json")]

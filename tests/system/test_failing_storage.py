@@ -136,7 +136,7 @@ def overwrite_middle(file: Path) -> None:
 def rewrite_a_payload(ledger: Path) -> None:
     """As a failing disk might, where SQLite does not look."""
     with closing(sqlite3.connect(ledger)) as connection, connection:
-        connection.execute("UPDATE entries SET payload = substr(payload, 1, length(payload) - 1) || x'ff' WHERE seq = 7")
+        connection.execute("UPDATE entries SET payload = CAST(substr(payload, 2) || x'ff' AS BLOB) WHERE seq = 7")
 
 
 def contents(state: Path) -> dict[str, bytes]:

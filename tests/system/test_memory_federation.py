@@ -73,7 +73,7 @@ async def _lived(broker, settings_of, **sections):
     events = []
 
     async def look_on(transport, is_broadcast):
-        async with transport.listen(NAMES.events, name="onlooker") as feed:
+        async with transport.listen(NAMES.events, routing_key="#", name="onlooker") as feed:
             while not (events and events[-1].facts["over"]):
                 event = wire.decode(Event, (await feed.receive()).body)
                 if event.kind == "frame.published":

@@ -168,7 +168,7 @@ class Home:
 
     @asynccontextmanager
     async def running(self, train, *, connect=None, clock=time.time, manifest=MANIFEST, grace_s=0.0, link=None, throttle=1.0):
-        """The worker at work; at the end it is stopped, unless it has ended by itself. What it fails with is raised at the end."""
+        """The worker at work; at the end it is stopped, unless it ended by itself. What it fails with is raised at the end."""
         with self.outbox() as outbox:
             worker = Worker(
                 connect or self.connect,

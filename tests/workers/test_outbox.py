@@ -105,13 +105,14 @@ def test_counters_add_up(open_here, tmp_path):
 
 def test_update_residual_and_counters_are_there_together_or_not_at_all(open_here):
     def fail():
-        raise ZeroDivisionError
+        with open_here() as outbox, outbox.transaction():
+            outbox.add(update(1))
+            outbox.set_residual("m" * 64, np.ones(3, np.float32))
+            outbox.set_fact("trained_from", "ledger/1")
+            outbox.count({"trainings": 1})
+            raise ZeroDivisionError
 
-    with open_here() as outbox, pytest.raises(ZeroDivisionError), outbox.transaction():
-        outbox.add(update(1))
-        outbox.set_residual("m" * 64, np.ones(3, np.float32))
-        outbox.set_fact("trained_from", "ledger/1")
-        outbox.count({"trainings": 1})
+    with pytest.raises(ZeroDivisionError):
         fail()
     with open_here() as outbox:
         assert outbox.next_sequence() == 1
@@ -155,7 +156,11 @@ def test_reading_leaves_no_transaction_open(open_here, tmp_path, read):
 
 
 def test_second_worker_of_a_party_on_one_machine_is_refused(open_here):
-    with open_here(), pytest.raises(StorageInUseError, match="another worker on this machine already serves party 'ann'"), open_here():
+    with (
+        open_here(),
+        pytest.raises(StorageInUseError, match="another worker on this machine already serves party 'ann'"),
+        open_here(),
+    ):
         pytest.fail("two workers share an outbox")
     with open_here(), open_here(party="bob"):
         pass

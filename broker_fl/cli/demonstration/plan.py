@@ -58,6 +58,7 @@ class Demo:
         flags: Flags = {
             "federation": {"name": federation},
             "partition": {"scheme": self.scheme},
+            "merging": {"mixing_rate": mixing_rate_for(self.parties)},
             "aggregator": {"state": str(self.folder / "aggregator"), "versions": self.goal_versions, "seconds": self.seconds},
             "worker": {"state": str(self.folder / "workers"), "threads": threads},
         }
@@ -70,6 +71,14 @@ class Demo:
     def of_party(self, name: str) -> Flags:
         share = f"{self.names.index(name) + 1}/{self.parties}"
         return {"worker": {"party": name, "share": share, "throttle": SLOW_THROTTLE if name == self.slow else 1.0}}
+
+
+def mixing_rate_for(parties: int) -> float:
+    """With which one turn of all parties, each update staler than the one before, is a whole step: 1 / sum of (1 + t)^-1/2.
+
+    A larger one overshoots, and running variances of BatchNorm are the first to suffer; 0.31 for 5 parties, 0.2 for 10.
+    """
+    return round(1.0 / sum((1 + staleness) ** -0.5 for staleness in range(parties)), 2)
 
 
 def merged(*layers: Flags) -> Flags:
