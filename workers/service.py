@@ -48,7 +48,15 @@ log = structlog.get_logger(__name__)
 Result = TypeVar("Result")
 
 _RESEND_AFTER_S = 120.0
-"""A confirmed update without a receipt is sent again after a while: the aggregator answers what it decided before."""
+_RESEND_AFTER_AT_MOST_S = 3600.0
+"""A confirmed update without a receipt is sent again after a while: the aggregator answers what it decided before. The while
+doubles as long as nobody answers, so that an aggregator that is away finds few copies."""
+
+_DIVERGED = 1e6
+"""The magnitude of an element from which a training has diverged, though it is finite: no aggregator takes it."""
+
+_NEVER_TAKEN = ("bounds", "non_finite")
+"""Reasons for which a content is dropped: in the residual it would be in every later update, and shut the party out for ever."""
 
 
 class Train(Protocol):
@@ -102,6 +110,7 @@ class Worker:
         self._changed = asyncio.Event()
         self._update_waits = asyncio.Event()
         self._settling = asyncio.Lock()
+        self._resend_after_s = _RESEND_AFTER_S
         self._ended = asyncio.Event()
         self._stop_training = threading.Event()
         self._outbox_thread = ThreadPoolExecutor(1, thread_name_prefix="outbox")
@@ -212,6 +221,7 @@ class Worker:
                 log.warning("receipt left out", reason=str(exc))
             else:
                 await self._in_outbox(self._settle, receipt)
+                self._resend_after_s = _RESEND_AFTER_S
                 self._changed.set()
             await receipts.acknowledge(delivery.tag)
 
@@ -226,7 +236,10 @@ class Worker:
         else:
             log.info(f"update {receipt.outcome}", weight=round(receipt.weight, 4), **facts)
         with self._outbox.transaction():
-            if receipt.outcome == "refused":
+            if receipt.reason in _NEVER_TAKEN:
+                log.warning("its content is dropped, since no update with it would be taken", update=stored.update_id[:8])
+                self._outbox.count({"updates_dropped": 1})
+            elif receipt.outcome == "refused":
                 self._return_to_residual(stored)
             self._outbox.settle(receipt.update_id)
             self._outbox.count({f"updates_{receipt.outcome}": 1})
@@ -246,13 +259,17 @@ class Worker:
     async def _send_updates(self, transport: Transport) -> None:
         while True:
             self._update_waits.clear()
-            sent_before = self._clock() - _RESEND_AFTER_S
+            sent_before = self._clock() - self._resend_after_s
+            is_resending = False
             while (
                 stored := await self._in_outbox(lambda before: self._outbox.to_send(sent_before=before), sent_before)
             ) is not None:
+                is_resending = is_resending or stored.sent_at is not None
                 await self._send(transport, stored)
+            if is_resending:
+                self._resend_after_s = min(2 * self._resend_after_s, _RESEND_AFTER_AT_MOST_S)
             try:
-                async with asyncio.timeout(_RESEND_AFTER_S):
+                async with asyncio.timeout(self._resend_after_s):
                     await self._update_waits.wait()
             except TimeoutError:
                 continue
@@ -296,7 +313,7 @@ class Worker:
             if result is None:
                 return
             await asyncio.sleep((self._throttle - 1) * (loop.time() - began))
-            if not (np.isfinite(result.mean_loss) and np.isfinite(result.delta).all()):
+            if not (np.isfinite(result.mean_loss) and np.abs(result.delta).max() < _DIVERGED):
                 log.error("training diverged: nothing is sent, and the next model is waited for", version=frame.version)
                 self._left_out = (frame.ledger, frame.version)
                 await self._in_outbox(self._count, {"trainings_diverged": 1})

@@ -82,7 +82,8 @@ def demo(federation: SmallFederation, temporary: Path, *arguments: str, **variab
 
 
 def left_in(folder: Path) -> list[str]:
-    return [str(path) for path in folder.iterdir()]
+    """Without the folder that torch makes when its first optimizer is made."""
+    return [str(path) for path in folder.iterdir() if not path.name.startswith("torchinductor_")]
 
 
 def summary_of(file: Path) -> dict[str, object]:

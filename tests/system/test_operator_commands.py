@@ -96,7 +96,7 @@ async def until_connections_are_counted(federation: SmallFederation) -> None:
     """The management API knows of a connection some seconds after it was opened."""
     async with asyncio.timeout(60):
         names: set[str] = set()
-        while not {"aggregator:blobs", "worker:a"} <= names:  # noqa: ASYNC110
+        while not {"aggregator:blobs", "worker:a"} <= names:
             await asyncio.sleep(0.2)
             names = {connection.name for connection in await federation.management.connections()}
 

@@ -216,17 +216,18 @@ async def test_party_that_is_not_selected_waits_for_a_frame_that_selects_it(home
 
 
 async def test_diverged_training_sends_nothing_and_the_next_model_is_waited_for(home, centre, new_trainer):
-    train = new_trainer(lambda number: np.nan if number == 1 else np.inf if number == 2 else 1.0)
+    # The third is finite, and added to a residual like it would not be any more.
+    train = new_trainer(lambda number: [np.nan, np.inf, -3e38, 1.0][number - 1])
     async with centre() as hub, home.running(train):
-        for version in (1, 2):
+        for version in (1, 2, 3):
             await hub.broadcast(version)
             await until(lambda: counters(home).get("trainings_diverged") == version)  # noqa: B023
-        frame = await hub.broadcast(3)
+        frame = await hub.broadcast(4)
         update = await hub.update()
-        assert (update.base_version, update.sequence) == (3, 1)
+        assert (update.base_version, update.sequence) == (4, 1)
         assert np.isfinite(content(update, frame.manifest)).all()
         assert not hub.has_more_updates()
-    assert len(train.bases) == 3
+    assert len(train.bases) == 4
     assert counters(home)["trainings"] == 1
     assert not residual(home, frame.manifest).any()
 
@@ -326,6 +327,31 @@ async def test_confirmed_update_without_a_receipt_is_sent_again_after_a_while(ho
     assert wire.decode(ModelUpdate, second.body).sequence == 2
 
 
+async def test_update_is_sent_again_ever_more_rarely_while_nobody_answers(home, centre, new_trainer):
+    """An aggregator that was away for a night must not find hundreds of copies of each."""
+    now = [1000.0]
+    came_again = []
+    async with centre() as hub, home.running(new_trainer(), clock=lambda: now[0]):
+        await hub.broadcast(1)
+        first = await hub.update()
+        for version in range(2, 34):
+            await until(lambda: not _update_ids(home, "WHERE sent_at IS NULL"))
+            now[0] += 121.0
+            # A new update makes the worker look into its outbox, as the time does in a real one.
+            await hub.broadcast(version)
+            while (update := await hub.update()).base_version != version:
+                if update == first:
+                    came_again.append(version - 1)
+        assert came_again == [1, 3, 7, 15, 31]
+        await until(lambda: not _update_ids(home, "WHERE sent_at IS NULL"))
+        # Who answers is there again.
+        await hub.answer(update)
+        await until(lambda: counters(home).get("updates_merged") == 1)
+        now[0] += 121.0
+        await hub.broadcast(34)
+        assert await hub.update() == first
+
+
 async def test_killed_worker_loses_no_update_wherever_it_was(home, centre, new_trainer):
     """Each life is ended at another moment. At the end every sequence number has arrived, each under one id."""
     arrived = {}
@@ -390,6 +416,20 @@ async def test_content_of_a_refused_update_is_back_in_the_residual_to_the_last_b
             await until(lambda: counters(home).get("updates_refused") == 1)
     assert np.array_equal(residual(home, frame.manifest), left + sent)
     assert np.allclose(residual(home, frame.manifest), delta, atol=1e-6)
+
+
+@pytest.mark.parametrize("reason", ["bounds", "non_finite"])
+async def test_content_that_can_never_be_taken_does_not_go_into_the_residual(home, centre, new_trainer, reason):
+    """It would be in every later update, and the party shut out for ever."""
+    async with centre() as hub:
+        async with home.running(new_trainer(1.0)):
+            frame = await hub.broadcast(1)
+            await hub.answer(await hub.update(), "refused", reason=reason)
+            await until(lambda: counters(home).get("updates_refused") == 1)
+            await hub.broadcast(2)
+            update = await hub.update()
+    assert np.array_equal(content(update, frame.manifest), np.full(frame.manifest.size, 1.0, np.float32))
+    assert counters(home)["updates_dropped"] == 1
 
 
 async def test_receipt_that_comes_twice_gives_back_once(home, centre, new_trainer):
@@ -692,10 +732,10 @@ def _unsettled(one):
     return len(_update_ids(one))
 
 
-def _update_ids(one):
+def _update_ids(one, where=""):
     """Of what waits to be settled, beside a worker that is at work."""
     connection = sqlite3.connect(outbox_file(one.folder, one.party))
     try:
-        return [row[0] for row in connection.execute("SELECT update_id FROM updates")]
+        return [row[0] for row in connection.execute(f"SELECT update_id FROM updates {where}")]
     finally:
         connection.close()
