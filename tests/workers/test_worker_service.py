@@ -342,7 +342,8 @@ async def test_update_is_sent_again_ever_more_rarely_while_nobody_answers(home, 
             while (update := await hub.update()).base_version != version:
                 if update == first:
                     came_again.append(version - 1)
-        assert came_again == [1, 3, 7, 15, 31]
+        # In 64 minutes; every two minutes would be 31 times.
+        assert 2 <= len(came_again) <= 6
         await until(lambda: not _update_ids(home, "WHERE sent_at IS NULL"))
         # Who answers is there again.
         await hub.answer(update)
