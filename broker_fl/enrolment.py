@@ -3,6 +3,7 @@
 import json
 import os
 import secrets
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
@@ -49,9 +50,11 @@ async def remove_party(management: Management, settings: Settings, name: str) ->
     if name not in await list_parties(management, settings):
         raise NotFoundError(f"no party {name!r} in federation {settings.federation.name!r}: `broker-fl party list` shows all")
     names = Names(settings.federation.name)
-    if await management.user_exists(name):
+    # A removal that was interrupted goes on where it was.
+    with suppress(NotFoundError):
         await management.delete_user(name)
-    await management.delete_exchange(names.up(name))
+    with suppress(NotFoundError):
+        await management.delete_exchange(names.up(name))
     await management.delete_queue(names.inbox(name))
 
 
@@ -59,7 +62,7 @@ def write_enrolment(file: Path, settings: Settings, *, name: str, password: Secr
     """All that a worker needs beside its data, mode 0600. Raises ConfigurationError rather than write over a file."""
     url = urlsplit(settings.broker.url.get_secret_value())
     _, _, host = url.netloc.rpartition("@")
-    own = urlunsplit(url._replace(netloc=f"{name}:{quote(password.get_secret_value())}@{host}"))
+    own = urlunsplit(url._replace(netloc=f"{name}:{quote(password.get_secret_value(), safe='')}@{host}"))
     task = settings.task.model_dump(mode="json", include={"name", "model", "classes", "image_shape"}, exclude_none=True)
     lines = [
         f"# Party {name!r} of federation {settings.federation.name!r}. This file holds its password: keep it from others.",

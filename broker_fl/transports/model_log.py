@@ -1,14 +1,14 @@
 """Reading the broadcasts: from the log, from its newest frame on, whole or in parts; and opening them."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
 
 import structlog
 
 from broker_fl.codecs.codec import decode, parse_codec
-from broker_fl.errors import DecodeError, ManifestMismatchError
+from broker_fl.errors import ConfigurationError, DecodeError, ManifestMismatchError
 from broker_fl.parameters import Vector, digest, mismatch
 from broker_fl.transports.parts import Assembler, GapError, part_of
 from broker_fl.transports.transport import Delivery, Feed, Start, Transport
@@ -25,20 +25,6 @@ _BURST_S = 0.02
 log = structlog.get_logger(__name__)
 
 
-async def whole_messages(feed: Feed) -> AsyncIterator[bytes]:
-    """Bodies of a feed that began before its first part; a damaged one is logged and left out."""
-    assembler = Assembler()
-    while True:
-        delivery = await feed.receive()
-        try:
-            body = assembler.add(delivery)
-        except DecodeError as exc:
-            log.warning("broadcast left out", reason=str(exc), message_id=delivery.message_id)
-            continue
-        if body is not None:
-            yield body
-
-
 async def follow_frames(transport: Transport, model_log: str, *, name: str) -> AsyncGenerator[bytes, None]:
     """Bodies of the frames from the newest on, for ever; the first ones may be older than the newest.
 
@@ -46,12 +32,12 @@ async def follow_frames(transport: Transport, model_log: str, *, name: str) -> A
     at last at the beginning of the log, and a frame whose beginning is gone by then is left out.
     """
     start: Start = "last"
-    attempts: dict[str, int] = {}
+    sought: _Sought | None = None
     while True:
         gap: Delivery | None = None
         async with (
             transport.follow(model_log, start=start, name=name) as feed,
-            aclosing(_until_gap(feed, attempts)) as bodies,
+            aclosing(_until_gap(feed, sought)) as bodies,
         ):
             async for body_or_gap in bodies:
                 if isinstance(body_or_gap, Delivery):
@@ -59,17 +45,18 @@ async def follow_frames(transport: Transport, model_log: str, *, name: str) -> A
                     break
                 yield body_or_gap
         if gap is not None:
-            start = _before(gap, attempts)
+            sought = _Sought(gap, sought.tried + 1 if sought is not None and sought.is_of(gap) else 1)
+            start = sought.start()
 
 
-async def _until_gap(feed: Feed, attempts: dict[str, int]) -> AsyncGenerator[bytes | Delivery, None]:
+async def _until_gap(feed: Feed, sought: "_Sought | None") -> AsyncGenerator[bytes | Delivery, None]:
     assembler = Assembler()
     while True:
         delivery = await feed.receive()
         try:
             body = assembler.add(delivery)
         except GapError:
-            if attempts.get(delivery.message_id, 0) < len(_REWINDS):
+            if sought is None or not sought.leaves_out(delivery):
                 yield delivery
             continue
         except DecodeError as exc:
@@ -79,18 +66,29 @@ async def _until_gap(feed: Feed, attempts: dict[str, int]) -> AsyncGenerator[byt
             yield body
 
 
-def _before(gap: Delivery, attempts: dict[str, int]) -> Start:
-    tried = attempts.get(gap.message_id, 0)
-    attempts.clear()
-    attempts[gap.message_id] = tried + 1
-    place = part_of(gap.headers)
-    if gap.offset is None or place is None:
-        return "first"
-    distance = _REWINDS[tried]
-    if distance is None:
-        log.warning("looking for the beginning of a frame in the whole log", message_id=gap.message_id)
-        return "first"
-    return max(0, gap.offset - distance * (place.index + _OFFSET_GAPS))
+@dataclass(frozen=True, slots=True)
+class _Sought:
+    """A part without the ones before it, and how often the log was attached again for them."""
+
+    gap: Delivery
+    tried: int
+
+    def is_of(self, delivery: Delivery) -> bool:
+        return delivery.message_id == self.gap.message_id
+
+    def leaves_out(self, delivery: Delivery) -> bool:
+        """A frame whose beginning is gone, or an older one that the log was now entered in the middle of."""
+        if self.is_of(delivery):
+            return self.tried >= len(_REWINDS)
+        return delivery.offset is not None and self.gap.offset is not None and delivery.offset < self.gap.offset
+
+    def start(self) -> Start:
+        place = part_of(self.gap.headers)
+        distance = _REWINDS[self.tried - 1]
+        if self.gap.offset is None or place is None or distance is None:
+            log.warning("looking for the beginning of a frame in the whole log", message_id=self.gap.message_id)
+            return "first"
+        return max(0, self.gap.offset - distance * (place.index + _OFFSET_GAPS))
 
 
 _REWINDS: tuple[int | None, ...] = (1, 4, None)
@@ -121,7 +119,11 @@ def open_frame(body: bytes, *, federation: str, manifest: Manifest) -> ReceivedM
     if frame.manifest.digest != manifest.digest:
         difference = mismatch(manifest, frame.manifest)
         raise ManifestMismatchError(f"the federation trains another model than this task: {difference}; check --task and --model")
-    model = decode(frame.payload, parse_codec(frame.codec), manifest=manifest).dense()
+    try:
+        codec = parse_codec(frame.codec)
+    except ConfigurationError as exc:
+        raise DecodeError(f"frame {frame.number} is in a codec that this version does not know: {exc}") from exc
+    model = decode(frame.payload, codec, manifest=manifest).dense()
     if digest(model) != frame.digest:
         raise DecodeError(f"frame {frame.number} decodes to another model than its digest says")
     return ReceivedModel(frame, model)

@@ -75,10 +75,10 @@ class Assembler:
         place = part_of(delivery.headers)
         if place is None:
             return delivery.body
+        if delivery.message_id == self._message_id and place.index < len(self._chunks):
+            return None  # A part that was sent again.
         if place.index == 0:
             self._message_id, self._chunks = delivery.message_id, []
-        elif delivery.message_id == self._message_id and place.index < len(self._chunks):
-            return None  # A part that was sent again.
         elif delivery.message_id != self._message_id or place.index != len(self._chunks):
             raise GapError(f"part {place.index} of {place.parts} of {delivery.message_id} came first")
         self._chunks.append(delivery.body)

@@ -422,13 +422,12 @@ async def test_content_of_a_refused_update_is_back_in_the_residual_to_the_last_b
 @pytest.mark.parametrize("reason", ["bounds", "non_finite"])
 async def test_content_that_can_never_be_taken_does_not_go_into_the_residual(home, centre, new_trainer, reason):
     """It would be in every later update, and the party shut out for ever."""
-    async with centre() as hub:
-        async with home.running(new_trainer(1.0)):
-            frame = await hub.broadcast(1)
-            await hub.answer(await hub.update(), "refused", reason=reason)
-            await until(lambda: counters(home).get("updates_refused") == 1)
-            await hub.broadcast(2)
-            update = await hub.update()
+    async with centre() as hub, home.running(new_trainer(1.0)):
+        frame = await hub.broadcast(1)
+        await hub.answer(await hub.update(), "refused", reason=reason)
+        await until(lambda: counters(home).get("updates_refused") == 1)
+        await hub.broadcast(2)
+        update = await hub.update()
     assert np.array_equal(content(update, frame.manifest), np.full(frame.manifest.size, 1.0, np.float32))
     assert counters(home)["updates_dropped"] == 1
 

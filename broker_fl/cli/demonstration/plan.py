@@ -1,5 +1,6 @@
 """What a demo is asked to show, and the settings that follow from it."""
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +79,7 @@ def mixing_rate_for(parties: int) -> float:
 
     A larger one overshoots, and running variances of BatchNorm are the first to suffer; 0.31 for 5 parties, 0.2 for 10.
     """
-    return round(1.0 / sum((1 + staleness) ** -0.5 for staleness in range(parties)), 2)
+    return round(1.0 / sum(1.0 / math.sqrt(1 + staleness) for staleness in range(parties)), 2)
 
 
 def merged(*layers: Flags) -> Flags:

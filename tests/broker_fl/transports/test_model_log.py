@@ -150,11 +150,6 @@ async def test_newest_frame_is_found_whole_where_the_log_is_entered_in_the_middl
     assert found == [1, 2, 3][-len(found) :]
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="rewinding lands in an older frame, and goes on to the beginning of that one, and so on",
-)
 async def test_entering_the_newest_frame_in_its_middle_does_not_read_the_whole_log(broker):
     async with connected(broker) as transport:
         for number in range(1, 6):
@@ -252,9 +247,6 @@ def test_frame_is_put_together_from_beginnings_cut_short_and_repeated_parts(sequ
     assert yielded(sequence) == [1, 2]
 
 
-@pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="a first part that comes again in the middle throws away what was there already"
-)
 @settings(deadline=None, max_examples=50)
 @given(with_any_repeats())
 def test_frame_is_put_together_from_any_repeated_parts(sequence: list[int]):
