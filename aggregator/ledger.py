@@ -6,7 +6,7 @@ commits.
 
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from sqlalchemy import (
     update,
 )
 
-from broker_fl.database import display_name, open_database, open_for_reading, storage_errors
+from broker_fl.database import display_name, open_database, open_for_reading, reading, storage_errors, writing
 from broker_fl.errors import ConfigurationError
 
 _TABLES = MetaData()
@@ -179,11 +179,9 @@ class Ledger:
         self._connection = connection
         self.name = name
 
-    @contextmanager
-    def transaction(self) -> Iterator[None]:
+    def transaction(self) -> AbstractContextManager[None]:
         """All or nothing, on the disk when it returns. Raises StorageFullError, StorageError."""
-        with storage_errors(self.name), self._connection.begin():
-            yield
+        return writing(self._connection, self.name)
 
     def facts(self) -> dict[str, str]:
         """What this ledger is about: its id, federation, manifest."""
@@ -327,14 +325,8 @@ class Ledger:
         with self._reading():
             return int(self._connection.execute(select(func.coalesce(func.max(ENTRIES.c.version), 0))).scalar_one())
 
-    @contextmanager
-    def _reading(self) -> Iterator[None]:
-        """Reads outside of a transaction must not leave one open: a write-ahead log can't shrink below an open read."""
-        inside = self._connection.in_transaction()
-        with storage_errors(self.name):
-            yield
-            if not inside:
-                self._connection.rollback()
+    def _reading(self) -> AbstractContextManager[None]:
+        return reading(self._connection, self.name)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sqlalchemy import Engine, MetaData, create_engine, event, make_url, text
+from sqlalchemy import Connection, Engine, MetaData, create_engine, event, make_url, text
 from sqlalchemy.exc import DatabaseError, OperationalError
 from sqlalchemy.pool import StaticPool
 
@@ -67,6 +67,25 @@ def _check_sqlite(engine: Engine, url: str) -> None:
         # SQLite says it in several lines.
         found = " ".join(str(verdict).split())
         raise DamagedError(f"{display_name(url)} is damaged ({found}): restore it from a backup; it is left as it is")
+
+
+@contextmanager
+def writing(connection: Connection, name: str) -> Iterator[None]:
+    """One transaction: all or nothing, on the disk when it returns. Raises StorageFullError, StorageError."""
+    with storage_errors(name), connection.begin():
+        yield
+
+
+@contextmanager
+def reading(connection: Connection, name: str) -> Iterator[None]:
+    """Reads outside of a transaction must not leave one open: a write-ahead log can't shrink below an open read."""
+    inside = connection.in_transaction()
+    with storage_errors(name):
+        try:
+            yield
+        finally:
+            if not inside:
+                connection.rollback()
 
 
 @contextmanager

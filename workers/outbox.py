@@ -4,7 +4,7 @@ An update and the residual that it leaves behind are one transaction: after a cr
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from sqlalchemy import (
     update,
 )
 
-from broker_fl.database import held_alone, open_database, open_for_reading, sqlite_url, storage_errors
+from broker_fl.database import held_alone, open_database, open_for_reading, reading, sqlite_url, storage_errors, writing
 from broker_fl.errors import ConfigurationError
 from broker_fl.parameters import Vector
 
@@ -67,10 +67,9 @@ class Outbox:
         self._connection = connection
         self.name = name
 
-    @contextmanager
-    def transaction(self) -> Iterator[None]:
-        with storage_errors(self.name), self._connection.begin():
-            yield
+    def transaction(self) -> AbstractContextManager[None]:
+        """All or nothing, on the disk when it returns. Raises StorageFullError, StorageError."""
+        return writing(self._connection, self.name)
 
     def fact(self, key: str) -> str | None:
         with self._reading():
@@ -147,13 +146,8 @@ class Outbox:
     def settle(self, update_id: str) -> None:
         self._connection.execute(delete(_UPDATES).where(_UPDATES.c.update_id == update_id))
 
-    @contextmanager
-    def _reading(self) -> Iterator[None]:
-        inside = self._connection.in_transaction()
-        with storage_errors(self.name):
-            yield
-            if not inside:
-                self._connection.rollback()
+    def _reading(self) -> AbstractContextManager[None]:
+        return reading(self._connection, self.name)
 
 
 def read_counters(folder: Path, party: str) -> dict[str, int]:
