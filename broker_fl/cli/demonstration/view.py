@@ -90,7 +90,10 @@ def live(figures: Figures, *, goal_versions: int | None) -> RenderableType:
         )
     lines: list[RenderableType] = [Text(headline(figures), style="bold")]
     if goal_versions is not None:
-        lines.append(ProgressBar(total=goal_versions, completed=min(figures.version, goal_versions)))
+        # A bar alone does not end its line.
+        bar = Table.grid(expand=True)
+        bar.add_row(ProgressBar(total=goal_versions, completed=min(figures.version, goal_versions)))
+        lines.append(bar)
     return Group(*lines, table)
 
 
