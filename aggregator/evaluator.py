@@ -1,5 +1,5 @@
-"""Evaluation of new versions on a held-out set, in a process of its own: it follows the log of the broadcasts as workers do, so
-that however long it takes, the aggregator never waits for it.
+"""Evaluation of new versions on a held-out set, in a process of its own: it binds its own queue to the broadcasts, so that
+however long it takes, the aggregator never waits for it.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ import structlog
 from broker_fl.errors import BrokerUnavailableError, DecodeError, PublishTimeoutError, first_of
 from broker_fl.parameters import Vector
 from broker_fl.topology import Names
-from broker_fl.transports.model_log import LatestBody, ReceivedModel, follow_frames, open_frame
+from broker_fl.transports.model_log import LatestBody, ReceivedModel, follow_frames, open_frame, whole_messages
 from broker_fl.transports.retry import Backoff
 from broker_fl.transports.transport import Connect, Message, Transport
 from schemas import wire
@@ -77,8 +77,16 @@ class Evaluator:
                 task.cancel()
 
     async def _follow(self, transport: Transport, bodies: LatestBody) -> None:
-        # Not a queue of its own beside the log: what the log gives first may be older than the newest frame.
-        async with aclosing(follow_frames(transport, self._names.model_log, name="evaluator")) as frames:
+        """Its own queue on the fanout; and until that gives its first frame, the log, for what was broadcast before."""
+        async with transport.listen(self._names.model, name="evaluator") as feed, asyncio.TaskGroup() as group:
+            earlier = group.create_task(self._read_log(transport, bodies))
+            async with aclosing(whole_messages(feed)) as frames:
+                async for body in frames:
+                    earlier.cancel()
+                    bodies.put(body)
+
+    async def _read_log(self, transport: Transport, bodies: LatestBody) -> None:
+        async with aclosing(follow_frames(transport, self._names.model_log, name="evaluator-log")) as frames:
             async for body in frames:
                 bodies.put(body)
 

@@ -25,6 +25,20 @@ _BURST_S = 0.02
 log = structlog.get_logger(__name__)
 
 
+async def whole_messages(feed: Feed) -> AsyncGenerator[bytes, None]:
+    """Bodies of a queue of one's own; what began before it was bound, or is damaged, is logged and left out."""
+    assembler = Assembler()
+    while True:
+        delivery = await feed.receive()
+        try:
+            body = assembler.add(delivery)
+        except DecodeError as exc:
+            log.warning("broadcast left out", reason=str(exc), message_id=delivery.message_id)
+            continue
+        if body is not None:
+            yield body
+
+
 async def follow_frames(transport: Transport, model_log: str, *, name: str) -> AsyncGenerator[bytes, None]:
     """Bodies of the frames from the newest on, for ever; the first ones may be older than the newest.
 
