@@ -92,6 +92,16 @@ async def test_each_new_frame_is_evaluated_once(studio):
     assert studio.scorer.seen == [pytest.approx(0.1), pytest.approx(0.2), pytest.approx(0.3)]
 
 
+async def test_frames_come_through_a_queue_of_its_own_and_not_from_the_log(studio):
+    async with studio.ward.events("model.evaluated") as onlooker, studio.running():
+        for number in (1, 2):
+            await studio.broadcast(number, accuracy=number / 10)
+            await onlooker.next("model.evaluated")
+        studio.ward.broker.delete_queue(studio.ward.names.model_log)
+        await studio.broadcast(3, accuracy=0.3)
+        assert (await onlooker.next("model.evaluated")).version == 3
+
+
 async def test_evaluator_ends_by_itself_after_the_last_frame(studio):
     async with studio.ward.events("model.evaluated") as onlooker, studio.running() as task:
         await studio.broadcast(1, accuracy=0.5, over=True)
