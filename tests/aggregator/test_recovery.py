@@ -110,7 +110,7 @@ def _recovered(bench):
 
 
 @pytest.mark.parametrize("merging", MERGING.values(), ids=MERGING.keys())
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(pace=PACES, steps=st.lists(st.tuples(STEPS, CRASHES), min_size=6, max_size=16))
 def test_aggregator_that_is_killed_and_restarted_makes_the_same_bits_as_one_that_is_not(new_bench, merging, pace, steps):
     undisturbed = Life(new_bench(), {"merging": merging, **pace}).begin()
@@ -133,7 +133,7 @@ def test_aggregator_that_is_killed_and_restarted_makes_the_same_bits_as_one_that
     assert digest(recovered.model) == verified.model_digest == live.model_digest()
 
 
-@settings(max_examples=16, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     pace=PACES,
     lives=st.lists(

@@ -45,18 +45,15 @@ async def test_update_beyond_the_staleness_bound_is_refused_and_its_content_retu
 ) -> None:
     federation.configure(merging={"max_staleness": 5})
     await federation.enrol("a", "b")
-    aggregator = federation.aggregator()
-    await aggregator.says("model broadcast")
-
     # An update that is made, kept, and can't be sent.
     await permit(vhost.management, "a", write="^$")
-    shut_out = federation.worker("a")
+    aggregator, b, shut_out = federation.aggregator(), federation.worker("b"), federation.worker("a")
     assert "fl.blobs.up.a" in await shut_out.ends_with_one_line()
     before = federation.outbox("a")
     assert list(before.unsettled) == [1]
+    update = wire.decode(ModelUpdate, before.bodies[1])
 
-    b = federation.worker("b")
-    await federation.reaches(10, aggregator, b)
+    await federation.reaches(update.base_version + 10, aggregator, b)
     b.terminate()
     await b.ends_well()
     await permit(vhost.management, "a", write=party_permissions("blobs", "a").write)
@@ -69,7 +66,6 @@ async def test_update_beyond_the_staleness_bound_is_refused_and_its_content_retu
     with federation.ledger() as ledger:
         body = ledger.frame_body(ledger.last_frame().number)
     manifest = wire.decode(ModelFrame, body).manifest
-    update = wire.decode(ModelUpdate, before.bodies[1])
     expected = before.residual.copy()
     decode(update.payload, parse_codec(update.codec), manifest=manifest).add_to(expected)
     np.testing.assert_array_equal(after.residual, expected)

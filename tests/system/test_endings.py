@@ -15,11 +15,11 @@ async def test_federation_ends_at_its_version_for_all_and_goes_on_when_the_goal_
     assert aggregator.out == "version 20: 20 merged, 0 buffered, 0 refused, 0 duplicate; the federation is over\n"
     assert worker.lines("the federation is over")
 
-    again, late_worker = federation.aggregator("--versions", "20"), federation.worker("a")
+    again, worker_again = federation.aggregator("--versions", "20"), federation.worker("a")
     await again.ends_well()
-    await late_worker.ends_well()
+    await worker_again.ends_well()
     assert again.out == "version 20: 0 merged, 0 buffered, 0 refused, 0 duplicate; the federation is over\n"
-    assert not late_worker.lines("trained")
+    assert not worker_again.lines("trained")
 
     further = federation.aggregator("--versions", "40")
     await further.says("the federation goes on")

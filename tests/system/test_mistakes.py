@@ -98,12 +98,11 @@ async def test_enrolment_of_another_party_is_refused_before_anything_is_opened(f
     assert not federation.outbox_file("a").parent.exists()
 
 
-async def test_worker_that_may_not_or_cannot_serve_says_why_and_leaves_the_one_at_work_alone(
+async def test_who_may_not_or_cannot_take_part_says_why_and_leaves_those_at_work_alone(
     federation: SmallFederation, vhost
 ) -> None:
     await federation.enrol("a", "b")
-    federation.configure(broker={"heartbeat_s": 1})
-    aggregator, at_work = federation.aggregator(), federation.worker("a", "--set", "broker.heartbeat_s=1")
+    aggregator, at_work = federation.aggregator(), federation.worker("a")
     await federation.reaches(5, aggregator, at_work)
 
     # A login with rights but without exchange and inbox, as left behind by somebody who tidied up.
@@ -112,6 +111,7 @@ async def test_worker_that_may_not_or_cannot_serve_says_why_and_leaves_the_one_a
     federation.enrolled.add("c")
     host = federation.url.rpartition("@")[2]
     elsewhere = ("--set", "worker.state=elsewhere")
+    impatient = ("--set", "broker.heartbeat_s=1")
 
     def stranger(name: str, *, password: str) -> Running:
         url = f"amqp://{name}:{password}@{host}"
@@ -119,8 +119,10 @@ async def test_worker_that_may_not_or_cannot_serve_says_why_and_leaves_the_one_a
         return federation.run("worker", "--party", name, "--broker", url, *task, name=f"worker-{name}", folder=federation.folder)
 
     started = {
+        "another aggregator works with broker-fl-state": federation.aggregator(),
+        "another aggregator is at work on federation 'blobs'": federation.aggregator("--state", "elsewhere"),
         "another worker on this machine already serves party 'a'": federation.worker("a"),
-        "another worker already serves party 'a'": federation.worker("a", *elsewhere, "--set", "broker.heartbeat_s=1"),
+        "another worker already serves party 'a'": federation.worker("a", *elsewhere, *impatient),
         "the federation trains another model than this task": federation.worker("b", "--task", f"{federation.task[:-5]}:WIDE"),
         "refuses the login of 'nobody': wrong password, or not enrolled": stranger("nobody", password="hidden"),
         "fl.blobs.inbox.c": stranger("c", password="hidden"),
@@ -131,15 +133,6 @@ async def test_worker_that_may_not_or_cannot_serve_says_why_and_leaves_the_one_a
         assert "hidden" not in line
     assert federation.outbox("b").last_sequence == 0
     await federation.reaches(federation.version + 5, aggregator, at_work)
-
-
-async def test_second_aggregator_of_a_federation_ends_and_leaves_the_first_alone(federation: SmallFederation) -> None:
-    first = federation.aggregator()
-    await first.says("aggregator is up")
-    same_state, other_state = federation.aggregator(), federation.aggregator("--state", "elsewhere")
-    assert "another aggregator works with broker-fl-state" in await same_state.ends_with_one_line()
-    assert "another aggregator is at work on federation 'blobs'" in await other_state.ends_with_one_line()
-    assert first.is_alive
 
 
 async def test_demo_on_a_port_in_use_says_so(federation: SmallFederation) -> None:
