@@ -6,8 +6,9 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import quote
 
-from sqlalchemy import Connection, Engine, MetaData, create_engine, event, make_url, text
+from sqlalchemy import URL, Connection, Engine, MetaData, create_engine, event, make_url, text
 from sqlalchemy.exc import DatabaseError, OperationalError
 from sqlalchemy.pool import StaticPool
 
@@ -18,7 +19,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def sqlite_url(file: Path) -> str:
-    return f"sqlite:///{file}"
+    return URL.create("sqlite", database=str(file)).render_as_string()
 
 
 def open_database(url: str, tables: MetaData) -> Engine:
@@ -38,7 +39,8 @@ def open_database(url: str, tables: MetaData) -> Engine:
 
 def open_for_reading(file: Path) -> Engine:
     """An SQLite file that another process may be writing; its tables may not be there yet."""
-    return create_engine(f"sqlite:///file:{file}?mode=ro&uri=true", poolclass=StaticPool)
+    address = f"file:{quote(str(file))}?mode=ro"
+    return create_engine("sqlite://", creator=lambda: sqlite3.connect(address, uri=True), poolclass=StaticPool)
 
 
 def display_name(url: str) -> str:

@@ -4,7 +4,7 @@ import sqlite3
 import pytest
 from sqlalchemy import Column, Integer, LargeBinary, MetaData, Table, insert, select
 
-from broker_fl.database import display_name, held_alone, open_database, sqlite_url, storage_errors
+from broker_fl.database import display_name, held_alone, open_database, open_for_reading, sqlite_url, storage_errors
 from broker_fl.errors import DamagedError, StorageError, StorageFullError, StorageInUseError
 
 TABLES = MetaData()
@@ -135,3 +135,27 @@ def test_a_servers_password_is_not_in_its_name():
     name = display_name("postgresql://broker:secret@db.example/ledger")
     assert "secret" not in name
     assert "db.example" in name
+
+
+@pytest.mark.parametrize("name", ["a b", "50%", "a%20b", "#1", "what?", "läden", "file:x"])
+def test_folder_of_any_name_holds_its_own_database_for_writing_and_reading(tmp_path, name):
+    file = tmp_path / name / "store.db"
+    file.parent.mkdir()
+    engine = open_database(sqlite_url(file), TABLES)
+    _write(engine, file, size=10, number=7)
+    reader = open_for_reading(file)
+    assert _numbers(reader) == [7]
+    reader.dispose()
+    engine.dispose()
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert file.exists()
+    assert display_name(sqlite_url(file)) == str(file)
+
+
+def test_database_that_is_read_is_not_written(database):
+    engine, file = database
+    reader = open_for_reading(file)
+    with pytest.raises(StorageError, match="readonly"):
+        _write(reader, file, size=10)
+    reader.dispose()
+    assert _numbers(engine) == []
