@@ -1,6 +1,7 @@
 # For GNU make 3.81 (macOS) and newer, and any POSIX shell. `make` alone lists the targets.
 
 ARGS :=
+JOBS := auto
 PYTHON := python3.13 python3.12 python3.11 python3
 BIN := .venv/bin
 
@@ -18,8 +19,8 @@ setup: $(INSTALLED) ## everything the others need: .venv with the package, and R
 demo: setup ## a federation on this machine; ARGS="--help" lists its options
 	@$(BIN)/broker-fl demo $(ARGS)
 
-test: check ## check, then the tests on a private RabbitMQ; ARGS="-k name" chooses among them
-	$(BIN)/python -m pytest $(ARGS)
+test: check ## check, then the tests on private RabbitMQs, one for each of JOBS; ARGS="-k name" chooses among them
+	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
 check: setup ## format, lint, types and the floor plan of the imports
 	$(BIN)/ruff format --check .

@@ -3,8 +3,11 @@
 import asyncio
 import os
 import secrets
+import shutil
+import tempfile
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -45,3 +48,13 @@ async def vhost(rabbitmq: LocalRabbitMQ) -> AsyncIterator[Vhost]:
             yield Vhost(name, f"{rabbitmq.url}{name}", rabbitmq.management_url, management)
         finally:
             await management.delete_vhost()
+
+
+@pytest.fixture
+def temporary() -> Iterator[Path]:
+    """Short, since the name of a socket is."""
+    folder = Path(tempfile.mkdtemp(prefix="fl-"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)

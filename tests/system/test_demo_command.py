@@ -3,10 +3,7 @@
 import json
 import os
 import re
-import shutil
 import signal
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -64,16 +61,6 @@ class WatchedDemo:
 
     def left(self) -> set[ProcessId]:
         return {process for process in self.seen if process.is_alive}
-
-
-@pytest.fixture
-def temporary() -> Iterator[Path]:
-    """Short, since the name of a socket is."""
-    folder = Path(tempfile.mkdtemp(prefix="demo-"))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder)
 
 
 def demo(federation: SmallFederation, temporary: Path, *arguments: str, **variables: str) -> WatchedDemo:

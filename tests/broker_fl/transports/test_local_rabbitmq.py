@@ -163,8 +163,8 @@ def test_kept_node_outlives_the_process_that_started_it(started):
 
 
 @pytest.mark.rabbitmq
-async def test_cancelled_start_leaves_nothing(rabbitmq, tmp_path, monkeypatch):
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+async def test_cancelled_start_leaves_nothing(rabbitmq, temporary, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
 
     async def start() -> None:
         async with local_rabbitmq():
@@ -172,8 +172,8 @@ async def test_cancelled_start_leaves_nothing(rabbitmq, tmp_path, monkeypatch):
 
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(start(), 1)
-    assert list(tmp_path.iterdir()) == []
-    assert children_with(str(tmp_path)) == []
+    assert list(temporary.iterdir()) == []
+    assert children_with(str(temporary)) == []
 
 
 def children_with(text: str) -> list[str]:
@@ -192,13 +192,13 @@ async def test_port_in_use_is_named_at_once(rabbitmq, name):
 
 
 @pytest.mark.rabbitmq
-async def test_node_that_is_not_ready_in_time_says_how_far_it_came(rabbitmq, tmp_path, monkeypatch):
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+async def test_node_that_is_not_ready_in_time_says_how_far_it_came(rabbitmq, temporary, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
     with pytest.raises(LocalBrokerError, match=r"not ready after 0\.1 s") as caught:
         async with local_rabbitmq(boot_timeout_s=0.1):
             pass
     assert "\n" not in str(caught.value)
-    assert list(tmp_path.iterdir()) == []
+    assert list(temporary.iterdir()) == []
 
 
 @pytest.mark.rabbitmq
