@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 from urllib.parse import unquote, urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
@@ -17,6 +17,9 @@ from schemas.frame import TrainingPlan
 from schemas.ids import FederationId, PartyId
 
 ENVIRONMENT_PREFIX = "BROKER_FL_"
+
+KEYFRAME_CODECS = ("float32", "float16", "bfloat16", "int8")
+"""The dense codecs in which a whole model can be rounded to nearest, by everyone to the same bits."""
 
 Positive = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -126,15 +129,29 @@ class MergingSettings(Section):
 
 
 class CodecSettings(Section):
-    up: str = "topk:0.01+int4"
-    down: str = "float32"
+    """How updates and broadcasts are encoded; broker_fl/codecs/codec.py says which names there are."""
 
-    @field_validator("down")
+    up: str = "topk:0.01+int4"
+    up_budget: ByteSize | None = None
+    """Bytes of an update, as in "20kB": the density of `up` is fitted to it."""
+    warm_up_versions: Annotated[int, Field(ge=0)] = 0
+    """The density of `up` falls exponentially from `warm_up_density` to its own over so many versions (DGC, Lin et al. 2018)."""
+    warm_up_density: Annotated[float, Field(gt=0, le=1)] = 0.25
+    momentum_correction: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """The momentum that workers keep over their updates (DGC); 0 is plain error feedback."""
+    down: str = "topk:0.05+int8"
+    """Of delta frames."""
+    keyframe: str = "float32"
+    """Of whole models: float32, float16, bfloat16 or int8."""
+    keyframe_every_frames: Positive = 100
+    """Sooner where the delta frames since the last keyframe cost more than a whole model."""
+
+    @field_validator("keyframe")
     @classmethod
-    def _is_dense(cls, down: str) -> str:
-        if "+" in down:
-            raise ValueError(f"a broadcast holds the whole model: name a quantizer alone, as in int8, not {down!r}")
-        return down
+    def _is_dense(cls, keyframe: str) -> str:
+        if keyframe not in KEYFRAME_CODECS:
+            raise ValueError(f"a keyframe holds the whole model: {nearest(keyframe, KEYFRAME_CODECS)}")
+        return keyframe
 
 
 class AggregatorSettings(Section):
@@ -175,6 +192,10 @@ class WorkerSettings(Section):
     """Of torch; without it, torch's own choice."""
     throttle: Annotated[float, Field(ge=1, le=1000)] = 1.0
     """Makes training so many times slower, to try out how a federation bears a slow party."""
+    budget: ByteSize | None = None
+    """Bytes of an update, as in "20kB", where this party's line bears less than the federation's codec takes."""
+    budget_seconds: PositiveFloat | None = None
+    """How long an update may take to send, by what this worker measured of its line."""
 
     @field_validator("share")
     @classmethod

@@ -91,6 +91,15 @@ class Names:
         return f"fl.{self.federation}.model.log"
 
     @property
+    def keyframes(self) -> str:
+        """The exchange of the whole models, which only those read who cannot go on by the changes."""
+        return f"fl.{self.federation}.keyframes"
+
+    @property
+    def keyframe_log(self) -> str:
+        return f"fl.{self.federation}.keyframes.log"
+
+    @property
     def receipts(self) -> str:
         return f"fl.{self.federation}.receipts"
 
@@ -121,6 +130,7 @@ def shared(federation: str) -> Topology:
     return Topology(
         exchanges=(
             Exchange(names.model, "fanout"),
+            Exchange(names.keyframes, "fanout"),
             Exchange(names.receipts, "direct"),
             Exchange(names.events, "topic"),
             Exchange(names.quarantine, "fanout"),
@@ -128,14 +138,23 @@ def shared(federation: str) -> Topology:
         queues=(
             Queue(names.updates, "quorum", {"x-single-active-consumer": True, "x-dead-letter-exchange": names.quarantine}),
             Queue(names.model_log, "stream"),
+            Queue(names.keyframe_log, "stream"),
             Queue(names.quarantine, "classic"),
         ),
-        bindings=(Binding(names.model, names.model_log), Binding(names.quarantine, names.quarantine)),
+        bindings=(
+            Binding(names.model, names.model_log),
+            Binding(names.keyframes, names.keyframe_log),
+            Binding(names.quarantine, names.quarantine),
+        ),
     )
 
 
 def policies(federation: str, *, model_bytes: int) -> tuple[Policy, ...]:
-    """What an operator may change while it runs. The log keeps about the last eight broadcasts of `model_bytes` each."""
+    """What an operator may change while it runs.
+
+    The keyframe log keeps the last few whole models, of `model_bytes` each, and the model log about as many bytes of changes as
+    eight models: nobody takes more of them than that.
+    """
     prefix = "^" + re.escape(f"fl.{federation}.")
     segment_bytes = max(model_bytes, MIB)
     day_ms = 24 * 3600 * 1000
@@ -144,6 +163,10 @@ def policies(federation: str, *, model_bytes: int) -> tuple[Policy, ...]:
         "model.log": (
             r"model\.log$",
             {"max-length-bytes": 8 * segment_bytes, "stream-max-segment-size-bytes": segment_bytes},
+        ),
+        "keyframes.log": (
+            r"keyframes\.log$",
+            {"max-length-bytes": 4 * segment_bytes, "stream-max-segment-size-bytes": segment_bytes},
         ),
         "quarantine": ("quarantine$", {"message-ttl": 7 * day_ms, "max-length-bytes": 256 * MIB, "overflow": "drop-head"}),
         "inbox": (r"inbox\.", {"message-ttl": 30 * day_ms, "max-length": 10_000, "overflow": "drop-head"}),
@@ -168,10 +191,7 @@ def party(federation: str, name: str) -> Topology:
 
 
 def party_permissions(federation: str, name: str) -> Permissions:
-    """Configure nothing; write only its own exchange; read only the model log and its own inbox."""
+    """Configure nothing; write only its own exchange; read only the two logs of the model and its own inbox."""
     names = Names(federation)
-    return Permissions(
-        configure="^$",
-        write=f"^{re.escape(names.up(name))}$",
-        read=f"^({re.escape(names.model_log)}|{re.escape(names.inbox(name))})$",
-    )
+    readable = "|".join(re.escape(queue) for queue in (names.model_log, names.keyframe_log, names.inbox(name)))
+    return Permissions(configure="^$", write=f"^{re.escape(names.up(name))}$", read=f"^({readable})$")

@@ -36,5 +36,9 @@ class Receipt(Message):
     staleness: Annotated[int, Field(ge=0)]
     weight: float
     """The factor that the delta was added with: a_t for FedAsync, the share before averaging for buffers, 0 if refused."""
+    codec: Annotated[str, Field(max_length=64)] = ""
+    """Of the update; empty where it could not be read."""
+    bytes: Annotated[int, Field(ge=0)] = 0
+    """Of the update's message, or of all its parts."""
     reason: Reason | None = None
     detail: Annotated[str, Field(max_length=1000)] = ""
