@@ -1,94 +1,256 @@
-"""Making frames, and when the next one is due. Pure."""
+"""Making frames, and when the next one is due. Pure.
 
-from dataclasses import dataclass
+What the receivers hold is a state of its own beside the model: b <- b + decode(encode(model - b)). What a codec leaves out stays
+in the difference, so that no residual has to be kept. The state is a function of the version: a frame that repeats one changes
+nothing.
+"""
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from aggregator.ledger import FrameRow
+from broker_fl.codecs.budget import warmed_up
+from broker_fl.codecs.chain import rounded
 from broker_fl.codecs.codec import Codec, decode, encode, parse_codec
 from broker_fl.parameters import Vector, digest
 from schemas import wire
-from schemas.frame import ModelFrame, TrainingPlan
+from schemas.frame import KeyframePlace, ModelFrame, Plan, TrainingPlan
 from schemas.manifest import Manifest
 
-_EXACT = parse_codec("float32")
+EXACT = "float32"
+"""The codec that a keyframe takes where another one would change what it holds."""
+
+_LEAST_REDRAW_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class BroadcastPlan:
-    """What every frame of this federation says beside the model, and how often there is one."""
+    """What the frames of this federation say beside the model, how they are encoded, and how often there is one."""
 
     federation: str
     ledger_id: str
     manifest: Manifest
-    codec: str
-    update_codec: str
+    down: str
+    """The codec of delta frames, after the warm-up."""
+    keyframe: str
+    """The codec of keyframes, dense."""
+    keyframe_every_frames: int
+    up: str
+    """The codec of updates, after the warm-up."""
+    warm_up_versions: int
+    warm_up_density: float
+    momentum_correction: float
     training: TrainingPlan
     fraction: float
     repeat: bool
     every_versions: int
     every_s: float
 
+    def at(self, version: int) -> Plan:
+        """What training from this version should use. Raises ConfigurationError if `up` has no density that could warm up."""
+        return Plan(
+            training=self.training,
+            update_codec=self._warmed_up(self.up, version).name,
+            momentum_correction=self.momentum_correction,
+            fraction=self.fraction,
+            repeat=self.repeat,
+        )
+
+    def down_at(self, version: int) -> Codec:
+        """Of the delta frame that makes this version. A dense codec has nothing to warm up."""
+        codec = parse_codec(self.down)
+        return codec if codec.density is None else self._warmed_up(self.down, version)
+
+    def _warmed_up(self, name: str, version: int) -> Codec:
+        codec = parse_codec(name)
+        if not self.warm_up_versions:
+            return codec
+        return warmed_up(codec, version, over_versions=self.warm_up_versions, from_density=self.warm_up_density)
+
 
 @dataclass(frozen=True, slots=True)
-class Broadcast:
-    row: FrameRow
+class Held:
+    """What the receivers hold after a frame."""
+
+    frame: FrameRow
+    """Without its bodies."""
     model: Vector
-    """What the receivers will hold."""
+    """Never changed in place: model mixing keeps it as a base."""
+    keyframe: KeyframePlace
 
 
-def make_frame(plan: BroadcastPlan, model: Vector, *, version: int, number: int, over: bool, at: float) -> Broadcast:
-    """A keyframe. The rounding of a lossy codec is drawn from the version, so that a version always decodes to the same bits."""
-    codec = parse_codec(plan.codec)
-    payload = _payload(model, codec, version=version, manifest=plan.manifest)
-    received = decode(payload, codec, manifest=plan.manifest).dense()
-    frame = ModelFrame(
+def make_frame(
+    plan: BroadcastPlan, held: Held | None, model: Vector, *, version: int, over: bool, at: float
+) -> tuple[FrameRow, Held]:
+    """The next frame, and what the receivers hold after it. `model` is finite, and only read."""
+    if held is None:
+        return _first(plan, model, version=version, over=over, at=at)
+    if version == held.frame.version:
+        return _repeated(plan, held, over=over, at=at)
+    return _changed(plan, held, model, version=version, over=over, at=at)
+
+
+def _first(plan: BroadcastPlan, model: Vector, *, version: int, over: bool, at: float) -> tuple[FrameRow, Held]:
+    whole, received = rounded(model, plan.keyframe, manifest=plan.manifest)
+    rules = plan.at(version)
+    place = KeyframePlace(number=1, bytes=len(whole), log_bytes=0)
+    announcement = ModelFrame(
         federation=plan.federation,
         ledger=plan.ledger_id,
-        number=number,
+        number=1,
+        base=None,
         version=version,
         digest=digest(received),
+        codec=plan.keyframe,
+        rounding=_rounding(plan.keyframe),
+        keyframe=place,
+        log_bytes=0,
+        over=over,
         manifest=plan.manifest,
-        codec=codec.name,
-        training=plan.training,
-        update_codec=plan.update_codec,
-        fraction=plan.fraction,
-        repeat=plan.repeat,
-        over=over,
-        payload=payload,
+        plan=rules,
+        payload=b"",
     )
-    body = wire.encode(frame)
-    row = FrameRow(
-        number=number,
-        at=at,
-        version=version,
-        digest=frame.digest,
-        model_digest=frame.digest if codec == _EXACT else digest(model),
-        codec=codec.name,
-        over=over,
-        size=len(body),
-        body=body,
-    )
-    return Broadcast(row, received)
+    keyframe = wire.encode(announcement.model_copy(update={"payload": whole}))
+    model_digest = announcement.digest if plan.keyframe == EXACT else digest(model)
+    row = _row(announcement, at=at, model_digest=model_digest, plan=plan_digest(rules), log_bytes=0)
+    row = replace(row, keyframe_codec=plan.keyframe, keyframe_size=len(keyframe), keyframe=keyframe)
+    return row, Held(_without_bodies(row), received, place)
 
 
-def received_model(model: Vector, codec: str, *, version: int, manifest: Manifest) -> Vector:
-    """What receivers hold of this version: for replay, which needs no frame to know it."""
-    parsed = parse_codec(codec)
-    return decode(_payload(model, parsed, version=version, manifest=manifest), parsed, manifest=manifest).dense()
+def _repeated(plan: BroadcastPlan, held: Held, *, over: bool, at: float) -> tuple[FrameRow, Held]:
+    frame, rules = _next(plan, held, version=held.frame.version, over=over)
+    row = _delta_row(frame, held, at=at, model_digest=held.frame.model_digest, plan=rules)
+    return row, replace(held, frame=_without_bodies(row))
 
 
-def _payload(model: Vector, codec: Codec, *, version: int, manifest: Manifest) -> bytes:
-    return encode(model, codec, manifest=manifest, generator=np.random.default_rng(version))
+def _changed(plan: BroadcastPlan, held: Held, model: Vector, *, version: int, over: bool, at: float) -> tuple[FrameRow, Held]:
+    frame, rules = _next(plan, held, version=version, over=over)
+    # Hashing takes as long as encoding, and lets go of the interpreter's lock.
+    with ThreadPoolExecutor(1, thread_name_prefix="digest") as beside:
+        model_digest = beside.submit(digest, model)
+        codec = plan.down_at(version)
+        generator = np.random.default_rng(frame.number)
+        payload = encode(model - held.model, codec, manifest=plan.manifest, generator=generator)
+        received = held.model.copy()
+        decode(payload, codec, manifest=plan.manifest).add_to(received)
+        facts: dict[str, object] = {"codec": codec.name, "payload": payload, "log_bytes": frame.log_bytes + len(payload)}
+        whole: bytes | None = None
+        if keyframe_is_due(plan, held):
+            whole, received = rounded(received, plan.keyframe, manifest=plan.manifest)
+            facts["rounding"] = _rounding(plan.keyframe)
+            facts["keyframe"] = KeyframePlace(number=frame.number, bytes=len(whole), log_bytes=frame.log_bytes + len(payload))
+        frame = frame.model_copy(update={**facts, "digest": digest(received)})
+        row = _delta_row(frame, held, at=at, model_digest=model_digest.result(), plan=rules)
+    if whole is not None:
+        keyframe = wire.encode(_standing_alone(frame, plan, rules, payload=whole, codec=plan.keyframe))
+        row = replace(row, keyframe_codec=plan.keyframe, keyframe_size=len(keyframe), keyframe=keyframe)
+    return row, Held(_without_bodies(row), received, frame.keyframe)
+
+
+def keyframe_is_due(plan: BroadcastPlan, held: Held) -> bool:
+    """Whether the next change should come with a whole model: after so many frames, or where the changes cost more than one."""
+    last, keyframe = held.frame, held.keyframe
+    frames = last.number + 1 - keyframe.number
+    return frames >= plan.keyframe_every_frames or last.log_bytes - keyframe.log_bytes > keyframe.bytes
+
+
+def exact_keyframe(plan: BroadcastPlan, held: Held, *, body: bytes) -> tuple[FrameRow, Held]:
+    """The held frame, whose body in the model log this is, with a keyframe of what the receivers hold, to the last bit.
+
+    In the plan's codec where that loses nothing, else in float32.
+    """
+    codec = plan.keyframe
+    whole, model = rounded(held.model, codec, manifest=plan.manifest)
+    if not np.array_equal(model.view(np.uint32), held.model.view(np.uint32)):
+        codec = EXACT
+        whole, _ = rounded(held.model, codec, manifest=plan.manifest)
+    frame = wire.decode(ModelFrame, body)
+    place = KeyframePlace(number=frame.number, bytes=len(whole), log_bytes=frame.log_bytes)
+    frame = frame.model_copy(update={"keyframe": place})
+    keyframe = wire.encode(_standing_alone(frame, plan, plan.at(frame.version), payload=whole, codec=codec))
+    row = replace(held.frame, keyframe_codec=codec, keyframe_size=len(keyframe), body=body, keyframe=keyframe)
+    return row, replace(held, frame=_without_bodies(row), keyframe=place)
+
+
+def announcement(keyframe: bytes) -> bytes:
+    """For the model log: the same frame as the keyframe's, without the model."""
+    return wire.encode(wire.decode(ModelFrame, keyframe).model_copy(update={"payload": b""}))
+
+
+def plan_digest(plan: Plan) -> str:
+    return hashlib.sha256(wire.encode(plan)).hexdigest()
 
 
 def is_due(plan: BroadcastPlan, last: FrameRow | None, *, version: int, now: float) -> bool:
-    """Whether enough was merged, or enough time went by since the last frame; never while that one waits to be published."""
+    """Whether enough was merged, or enough time went by since the last frame, or the settings changed; never while that one waits
+    to be published."""
     if last is None:
         return True
     if last.published_at is None:
         return False
     if version == last.version:
+        if plan_digest(plan.at(version)) != last.plan:
+            return True
         # Where only a share of the parties trains from each frame, a frame that drew none must not be the last.
-        return plan.fraction < 1 and now - last.at >= max(plan.every_s, 5.0)
+        return plan.fraction < 1 and now - last.at >= max(plan.every_s, _LEAST_REDRAW_S)
     return version - last.version >= plan.every_versions or now - last.at >= plan.every_s
+
+
+def _next(plan: BroadcastPlan, held: Held, *, version: int, over: bool) -> tuple[ModelFrame, Plan]:
+    """A frame that changes nothing, and the plan in force."""
+    last, rules = held.frame, plan.at(version)
+    frame = ModelFrame(
+        federation=plan.federation,
+        ledger=plan.ledger_id,
+        number=last.number + 1,
+        base=last.number,
+        version=version,
+        digest=last.digest,
+        codec=plan.down,
+        keyframe=held.keyframe,
+        log_bytes=last.log_bytes,
+        over=over,
+        plan=None if plan_digest(rules) == last.plan else rules,
+        payload=b"",
+    )
+    return frame, rules
+
+
+def _standing_alone(frame: ModelFrame, plan: BroadcastPlan, rules: Plan, *, payload: bytes, codec: str) -> ModelFrame:
+    return frame.model_copy(update={"base": None, "manifest": plan.manifest, "plan": rules, "codec": codec, "payload": payload})
+
+
+def _delta_row(frame: ModelFrame, held: Held, *, at: float, model_digest: str, plan: Plan) -> FrameRow:
+    row = _row(frame, at=at, model_digest=model_digest, plan=plan_digest(plan), log_bytes=held.frame.log_bytes)
+    return replace(row, log_bytes=row.log_bytes + row.size)
+
+
+def _row(frame: ModelFrame, *, at: float, model_digest: str, plan: str, log_bytes: int) -> FrameRow:
+    body = wire.encode(frame)
+    return FrameRow(
+        number=frame.number,
+        at=at,
+        version=frame.version,
+        base=frame.base,
+        digest=frame.digest,
+        model_digest=model_digest,
+        codec=frame.codec,
+        rounding=frame.rounding,
+        plan=plan,
+        over=frame.over,
+        size=len(body),
+        log_bytes=log_bytes,
+        body=body,
+    )
+
+
+def _without_bodies(row: FrameRow) -> FrameRow:
+    return replace(row, body=None, keyframe=None)
+
+
+def _rounding(codec: str) -> str | None:
+    """What everyone has to do to hold what a keyframe in this codec holds."""
+    return None if codec == EXACT else codec

@@ -13,12 +13,12 @@ import numpy as np
 import structlog
 
 from aggregator.admission import Examined, Limits, Refused, Sender, admit, examine
-from aggregator.broadcast import BroadcastPlan, is_due, make_frame, received_model
+from aggregator.broadcast import BroadcastPlan, Held, exact_keyframe, is_due, make_frame
 from aggregator.decisions import Arrival, Goal, PartBody, Verdict, accepted_entry, receipt_for, refused_entry
 from aggregator.ledger import Entry, FrameRow, Ledger, SnapshotRow
 from aggregator.merging.fold import Contribution, State, Strategy, remember_base
 from aggregator.merging.strategies import build_strategy
-from aggregator.recovery import recover
+from aggregator.recovery import recover, recover_held
 from aggregator.snapshots import Snapshots
 from aggregator.spool import Spool
 from broker_fl.config import MergingSettings
@@ -61,7 +61,7 @@ class Coordinator:
         self._state = State(version=0, model=np.empty(0, dtype=np.float32))
         self._seq = 0
         self._snapshot_version = self._snapshot_seq = 0
-        self._last_frame: FrameRow | None = None
+        self._held: Held | None = None
         self._frame_digests: dict[int, str] = {}
         self._buffer_since: float | None = None
         self._expired_at = 0.0
@@ -74,13 +74,12 @@ class Coordinator:
             self._begin(initial)
         else:
             self._check_identity(facts)
+            self._held = recover_held(self._ledger, self._plan.manifest)
             recovered = recover(self._ledger, self._snapshots, self._plan.manifest)
             self._state, self._seq = recovered.state, recovered.seq
             self._snapshot_version, self._snapshot_seq = recovered.snapshot_version, recovered.snapshot_seq
             if recovered.merging != self._rules.merging:
                 self._change_strategy(recovered.merging)
-        last = self._ledger.last_frame()
-        self._last_frame = None if last is None else replace(last, body=None)
         oldest = self._state.version - self._strategy.max_staleness
         self._frame_digests = {frame.version: frame.digest for frame in self._ledger.frames_from(oldest)}
         self._buffer_since = self._clock() if self._state.buffer is not None else None
@@ -116,10 +115,8 @@ class Coordinator:
                 self._append_flush(build_strategy(before))
             self._append_strategy()
         self._state = replace(self._state, bases={})
-        last = self._ledger.last_frame()
-        if last is not None and last.version == self._state.version:
-            base = received_model(self._state.model, last.codec, version=last.version, manifest=self._plan.manifest)
-            self._state = remember_base(self._strategy, self._state, broadcast=base)
+        if self._held is not None and self._held.frame.version == self._state.version:
+            self._state = remember_base(self._strategy, self._state, broadcast=self._held.model)
         self._snapshot()
 
     def _check_identity(self, facts: dict[str, str]) -> None:
@@ -151,7 +148,12 @@ class Coordinator:
 
     @property
     def is_over(self) -> bool:
-        return self._last_frame is not None and self._last_frame.over
+        frame = self._last_frame
+        return frame is not None and frame.over
+
+    @property
+    def _last_frame(self) -> FrameRow | None:
+        return None if self._held is None else self._held.frame
 
     def decide(self, arrivals: Sequence[Arrival]) -> list[Verdict]:
         """One transaction for all of them, and for the frame that is due afterwards.
@@ -211,21 +213,28 @@ class Coordinator:
         self._after_commit()
 
     def unpublished(self) -> FrameRow | None:
-        """The newest frame, with its body, if it waits to be published. Older ones that wait are superseded by it."""
-        frame = self._last_frame
-        return None if frame is None or frame.published_at is not None else self.newest()
-
-    def newest(self) -> FrameRow | None:
-        """The newest frame with its body, published or not."""
-        frame = self._last_frame
-        return None if frame is None else replace(frame, body=self._ledger.frame_body(frame.number))
+        """The oldest frame that waits to be published, with its bodies."""
+        newest = self._last_frame
+        # They go out in order: if the newest is out, none waits.
+        return None if newest is None or newest.published_at is not None else self._ledger.oldest_unpublished()
 
     def published(self, number: int) -> None:
         now = self._clock()
         with self._ledger.transaction():
             self._ledger.mark_published(number, at=now)
-        if self._last_frame is not None and self._last_frame.number == number:
-            self._last_frame = replace(self._last_frame, published_at=now)
+        if self._held is not None and self._held.frame.number == number:
+            self._held = replace(self._held, frame=replace(self._held.frame, published_at=now))
+
+    def standing_alone(self) -> FrameRow | None:
+        """The newest frame with its bodies, among them a keyframe, so that anyone can begin with it; made where it had none."""
+        if self._held is None:
+            return None
+        frame = self._ledger.with_bodies(self._held.frame)
+        if frame.keyframe is None:
+            frame, self._held = exact_keyframe(self._plan, self._held, body=frame.body or b"")
+            with self._ledger.transaction():
+                self._ledger.add_keyframe(frame.number, codec=frame.keyframe_codec or "", body=frame.keyframe or b"")
+        return frame
 
     def goal_reached(self, accuracy: float | None = None) -> bool:
         return self._rules.goal.is_reached(version=self._state.version, accuracy=accuracy)
@@ -291,14 +300,13 @@ class Coordinator:
             self._add_frame(over=False)
 
     def _add_frame(self, *, over: bool) -> None:
-        number = self._last_frame.number + 1 if self._last_frame else 1
-        frame = make_frame(self._plan, self._state.model, version=self._state.version, number=number, over=over, at=self._clock())
-        self._ledger.add_frame(frame.row)
-        self._last_frame = replace(frame.row, body=None)
-        oldest = self._state.version - self._strategy.max_staleness
+        version = self._state.version
+        frame, self._held = make_frame(self._plan, self._held, self._state.model, version=version, over=over, at=self._clock())
+        self._ledger.add_frame(frame)
+        oldest = version - self._strategy.max_staleness
         self._frame_digests = {v: known for v, known in self._frame_digests.items() if v >= oldest}
-        self._frame_digests[self._state.version] = frame.row.digest
-        self._state = remember_base(self._strategy, self._state, broadcast=frame.model)
+        self._frame_digests[version] = frame.digest
+        self._state = remember_base(self._strategy, self._state, broadcast=self._held.model)
 
     def _after_commit(self) -> None:
         if self._state.version - self._snapshot_version >= self._rules.snapshot_every_versions:

@@ -110,6 +110,8 @@ def receipt_for(entry: Entry, *, federation: str) -> Receipt:
             "version": entry.version,
             "staleness": entry.staleness or 0,
             "weight": entry.weight or 0.0,
+            "codec": entry.codec or "",
+            "bytes": entry.size or 0,
             "reason": entry.reason,
             "detail": entry.detail or "",
         }

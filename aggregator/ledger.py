@@ -7,8 +7,9 @@ commits.
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from sqlalchemy import (
     BigInteger,
@@ -19,6 +20,7 @@ from sqlalchemy import (
     Integer,
     LargeBinary,
     MetaData,
+    Select,
     String,
     Table,
     UniqueConstraint,
@@ -32,6 +34,9 @@ from sqlalchemy import (
 
 from broker_fl.database import display_name, open_database, open_for_reading, reading, storage_errors, writing
 from broker_fl.errors import ConfigurationError
+
+FORMAT = "2"
+"""Of the tables. Format 1 kept whole models as frames, from which no chain of changes can be made."""
 
 _TABLES = MetaData()
 _Counter = BigInteger().with_variant(Integer, "sqlite")
@@ -69,13 +74,27 @@ FRAMES = Table(
     Column("number", _Counter, primary_key=True),
     Column("at", Float, nullable=False),
     Column("version", _Counter, nullable=False, index=True),
-    Column("digest", String(64), nullable=False),  # of what the frame decodes to
+    Column("base", _Counter),  # the frame that it changes; none for the first
+    Column("digest", String(64), nullable=False),  # of what the receivers hold after it
     Column("model_digest", String(64), nullable=False),  # of the model that it was made from
-    Column("codec", String(64), nullable=False),
+    Column("codec", String(64), nullable=False),  # of the payload
+    Column("rounding", String(64)),
+    Column("plan", String(64), nullable=False),  # digest of the plan in force
     Column("over", Boolean, nullable=False),
-    Column("size", _Counter, nullable=False),
-    Column("body", LargeBinary),  # of the newest, and of those that wait to be published
-    Column("published_at", Float),
+    Column("size", _Counter, nullable=False),  # of the body
+    Column("log_bytes", _Counter, nullable=False),  # of the bodies of all delta frames up to this one
+    Column("keyframe_codec", String(64)),
+    Column("keyframe_size", _Counter),  # of the body in the keyframe log, where there is one
+    Column("published_at", Float, index=True),
+)
+
+BODIES = Table(
+    # Beside the frames, so that marking one as published does not write its body again.
+    "bodies",
+    _TABLES,
+    Column("kind", String(8), primary_key=True),  # frame: all of them | keyframe: the newest, and those that wait
+    Column("number", _Counter, primary_key=True, autoincrement=False),
+    Column("body", LargeBinary, nullable=False),
 )
 
 SNAPSHOTS = Table(
@@ -130,13 +149,23 @@ class FrameRow:
     number: int
     at: float
     version: int
+    base: int | None
     digest: str
     model_digest: str
     codec: str
+    rounding: str | None
+    plan: str
     over: bool
     size: int
-    body: bytes | None
+    log_bytes: int
+    """Of the bodies of all delta frames up to this one, its own included."""
+    keyframe_codec: str | None = None
+    keyframe_size: int | None = None
     published_at: float | None = None
+    body: bytes | None = None
+    """For the model log. This one and the next are read only where they are asked for."""
+    keyframe: bytes | None = None
+    """For the keyframe log; None where there is none, or a newer one stands for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +199,19 @@ class Total:
     size: int
     mean_staleness: float
     max_staleness: int
+
+
+@dataclass(frozen=True, slots=True)
+class FrameTotals:
+    """What was published; sizes in bytes, codecs as of the newest."""
+
+    frames: int
+    size: int
+    """Of the bodies in the model log."""
+    keyframes: int
+    keyframe_size: int
+    codec: str
+    keyframe_codec: str
 
 
 class Ledger:
@@ -227,31 +269,74 @@ class Ledger:
             return [Entry(**row) for row in self._connection.execute(query).mappings()]
 
     def add_frame(self, frame: FrameRow) -> None:
-        self._connection.execute(insert(FRAMES), [asdict(frame)])
+        """With its bodies."""
+        self._connection.execute(insert(FRAMES), [{column.name: getattr(frame, column.name) for column in FRAMES.c}])
+        for kind, body in (("frame", frame.body), ("keyframe", frame.keyframe)):
+            if body is not None:
+                self._connection.execute(insert(BODIES).values(kind=kind, number=frame.number, body=body))
 
     def last_frame(self) -> FrameRow | None:
-        query = select(FRAMES).order_by(FRAMES.c.number.desc()).limit(1)
-        with self._reading():
-            row = self._connection.execute(query).mappings().one_or_none()
-        return FrameRow(**row) if row else None
+        """Without bodies."""
+        return self._frame(select(FRAMES).order_by(FRAMES.c.number.desc()).limit(1))
+
+    def oldest_unpublished(self) -> FrameRow | None:
+        """With its bodies. The others wait for it: a receiver can't leave out a change."""
+        query = select(FRAMES).where(FRAMES.c.published_at.is_(None)).order_by(FRAMES.c.number).limit(1)
+        frame = self._frame(query)
+        return None if frame is None else self.with_bodies(frame)
 
     def frames_from(self, version: int) -> list[FrameRow]:
         """In order, without bodies."""
-        columns = [column for column in FRAMES.c if column.name != "body"]
-        query = select(*columns).where(FRAMES.c.version >= version).order_by(FRAMES.c.number)
+        query = select(FRAMES).where(FRAMES.c.version >= version).order_by(FRAMES.c.number)
         with self._reading():
-            return [FrameRow(**row, body=None) for row in self._connection.execute(query).mappings()]
+            return [FrameRow(**row) for row in self._connection.execute(query).mappings()]
 
-    def frame_body(self, number: int) -> bytes | None:
+    def with_bodies(self, frame: FrameRow) -> FrameRow:
+        query = select(BODIES.c.kind, BODIES.c.body).where(BODIES.c.number == frame.number)
         with self._reading():
-            body: bytes | None = self._connection.execute(select(FRAMES.c.body).where(FRAMES.c.number == number)).scalar_one()
-        return body
+            bodies: dict[str, bytes] = {row.kind: row.body for row in self._connection.execute(query)}
+        return replace(frame, body=bodies.get("frame"), keyframe=bodies.get("keyframe"))
+
+    def bodies_after(self, number: int) -> Iterator[tuple[int, bytes]]:
+        """Of the frames, by number, one at a time."""
+        while True:
+            later = (BODIES.c.kind == "frame") & (BODIES.c.number > number)
+            query = select(BODIES.c.number, BODIES.c.body).where(later).order_by(BODIES.c.number).limit(1)
+            with self._reading():
+                row = self._connection.execute(query).one_or_none()
+            if row is None:
+                return
+            number = row.number
+            yield number, row.body
+
+    def newest_keyframe(self) -> tuple[int, bytes] | None:
+        """Its number and body."""
+        keyframes = select(BODIES.c.number, BODIES.c.body).where(BODIES.c.kind == "keyframe")
+        with self._reading():
+            row = self._connection.execute(keyframes.order_by(BODIES.c.number.desc()).limit(1)).one_or_none()
+        return None if row is None else (row.number, row.body)
+
+    def add_keyframe(self, number: int, *, codec: str, body: bytes) -> None:
+        """To a frame that had none. It stands for all earlier ones."""
+        facts = {"keyframe_codec": codec, "keyframe_size": len(body)}
+        self._connection.execute(update(FRAMES).where(FRAMES.c.number == number).values(facts))
+        self._connection.execute(insert(BODIES).values(kind="keyframe", number=number, body=body))
+        self._drop_keyframes(before=number)
 
     def mark_published(self, number: int, *, at: float) -> None:
-        """Drops the bodies of the frames before this one: a newer keyframe stands for all of them."""
+        """A keyframe that is out stands for all earlier ones."""
         self._connection.execute(update(FRAMES).where(FRAMES.c.number == number).values(published_at=at))
-        superseded = (FRAMES.c.number < number) & FRAMES.c.body.is_not(None)
-        self._connection.execute(update(FRAMES).where(superseded).values(body=None))
+        keyframe = select(BODIES.c.number).where(BODIES.c.kind == "keyframe", BODIES.c.number == number)
+        if self._connection.execute(keyframe).first():
+            self._drop_keyframes(before=number)
+
+    def _drop_keyframes(self, *, before: int) -> None:
+        self._connection.execute(delete(BODIES).where(BODIES.c.kind == "keyframe", BODIES.c.number < before))
+
+    def _frame(self, query: Select[Any]) -> FrameRow | None:
+        with self._reading():
+            row = self._connection.execute(query).mappings().one_or_none()
+        return FrameRow(**row) if row else None
 
     def add_snapshot(self, snapshot: SnapshotRow) -> None:
         self._connection.execute(delete(SNAPSHOTS).where(SNAPSHOTS.c.seq == snapshot.seq))
@@ -314,12 +399,31 @@ class Ledger:
         with self._reading():
             return [Total(**row) for row in self._connection.execute(query).mappings()]
 
-    def frame_totals(self) -> tuple[int, int]:
-        """Frames and bytes broadcast."""
-        query = select(func.count(), func.coalesce(func.sum(FRAMES.c.size), 0)).where(FRAMES.c.published_at.is_not(None))
+    def last_codecs(self) -> dict[str, str]:
+        """The codec of each party's newest update that could be read."""
+        newest = select(func.max(ENTRIES.c.seq)).where(ENTRIES.c.kind == "update", ENTRIES.c.codec.is_not(None))
+        query = select(ENTRIES.c.party, ENTRIES.c.codec).where(ENTRIES.c.seq.in_(newest.group_by(ENTRIES.c.party)))
         with self._reading():
-            frames, size = self._connection.execute(query).one()
-        return int(frames), int(size)
+            return {row.party: row.codec for row in self._connection.execute(query)}
+
+    def frame_totals(self) -> FrameTotals:
+        published = FRAMES.c.published_at.is_not(None)
+        sums = select(
+            func.count(),
+            func.coalesce(func.sum(FRAMES.c.size), 0),
+            func.count(FRAMES.c.keyframe_size),
+            func.coalesce(func.sum(FRAMES.c.keyframe_size), 0),
+        ).where(published)
+        newest = FRAMES.c.number.desc()
+        codec = select(FRAMES.c.codec).where(published).order_by(newest).limit(1)
+        keyframe_codec = select(FRAMES.c.keyframe_codec).where(published, FRAMES.c.keyframe_codec.is_not(None))
+        with self._reading():
+            totals = self._connection.execute(sums).one()
+            codecs = [
+                self._connection.execute(query).scalar_one_or_none() or ""
+                for query in (codec, keyframe_codec.order_by(newest).limit(1))
+            ]
+        return FrameTotals(*totals, *codecs)
 
     def latest_version(self) -> int:
         with self._reading():
@@ -331,7 +435,7 @@ class Ledger:
 
 @contextmanager
 def open_ledger_for_reading(file: Path) -> Iterator[Ledger]:
-    """An SQLite ledger, while its aggregator works or after. Raises ConfigurationError where there is none."""
+    """An SQLite ledger, while its aggregator works or after. Raises ConfigurationError where there is none that it can read."""
     if not file.exists():
         raise ConfigurationError(f"there is no ledger at {file}: name the aggregator's folder by --state")
     engine = open_for_reading(file)
@@ -339,14 +443,16 @@ def open_ledger_for_reading(file: Path) -> Iterator[Ledger]:
         with storage_errors(str(file)):
             connection = engine.connect()
         with connection:
-            yield Ledger(connection, str(file))
+            ledger = Ledger(connection, str(file))
+            _check_format(ledger)
+            yield ledger
     finally:
         engine.dispose()
 
 
 @contextmanager
 def open_ledger(url: str) -> Iterator[Ledger]:
-    """Raises DamagedError, StorageError. The first opening gives the ledger its id."""
+    """Raises ConfigurationError, DamagedError, StorageError. The first opening gives the ledger its id."""
     engine = open_database(url, _TABLES)
     name = display_name(url)
     try:
@@ -358,6 +464,18 @@ def open_ledger(url: str) -> Iterator[Ledger]:
             if "ledger_id" not in ledger.facts():
                 with ledger.transaction():
                     ledger.set_fact("ledger_id", uuid.uuid4().hex)
+                    ledger.set_fact("format", FORMAT)
+            _check_format(ledger)
             yield ledger
     finally:
         engine.dispose()
+
+
+def _check_format(ledger: Ledger) -> None:
+    facts = ledger.facts()
+    found = facts.get("format", "1")
+    if "ledger_id" in facts and found != FORMAT:
+        raise ConfigurationError(
+            f"{ledger.name} is in format {found}, this broker-fl writes format {FORMAT}: go on with the version that made it, "
+            "or name another state folder"
+        )

@@ -8,12 +8,13 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import structlog
 
 from aggregator.admission import Limits, Refused, examine, identify
+from aggregator.broadcast import announcement
 from aggregator.coordinator import Clock, Coordinator
 from aggregator.decisions import Arrival, PartBody, Verdict
 from aggregator.ledger import FrameRow
@@ -154,21 +155,18 @@ class Aggregator:
         await transport.declare(self._topology)
         await self._tell(transport, "aggregator.started", {"over": self._coordinator.is_over})
         log.info("aggregator is up", federation=self._names.federation, version=self._coordinator.version)
-        # A log that lost its frames, or never had them, gets the newest one again; who has it leaves it out by its number.
-        newest = await self._in_ledger(self._coordinator.newest)
-        if newest is not None:
-            await self._publish_frame(transport, newest)
+        if not await self._publish_outbox(transport, with_last=self._coordinator.is_over):
+            await self._announce_newest(transport)
         if self._coordinator.is_over:
             return
         async with asyncio.TaskGroup() as group:
-            others = [
-                group.create_task(self._publish_frames(transport)),
-                group.create_task(self._watch_accuracy(transport)),
-                group.create_task(self._tick()),
-            ]
+            group.create_task(self._publish_frames(transport))
+            others = [group.create_task(self._watch_accuracy(transport)), group.create_task(self._tick())]
             await self._merge_updates(transport)
             for task in others:
                 task.cancel()
+            # Not cancelled: a frame that is on its way would be sent twice.
+            self._frame_waits.set()
         await self._publish_outbox(transport, with_last=True)
         await self._tell(transport, "aggregator.stopped", {"over": self._coordinator.is_over})
 
@@ -242,7 +240,12 @@ class Aggregator:
                 wire.encode(verdict.receipt),
                 routing_key=verdict.receipt.party,
                 message_id=verdict.receipt.update_id,
-                headers={"x-fl-outcome": verdict.receipt.outcome, "x-fl-version": verdict.receipt.version},
+                headers={
+                    "x-fl-outcome": verdict.receipt.outcome,
+                    "x-fl-version": verdict.receipt.version,
+                    "x-fl-codec": verdict.receipt.codec,
+                    "x-fl-bytes": verdict.receipt.bytes,
+                },
             )
             try:
                 await transport.publish(receipt)
@@ -250,41 +253,70 @@ class Aggregator:
                 log.warning("no inbox for a receipt: was the party removed?", party=verdict.receipt.party)
 
     async def _publish_frames(self, transport: Transport) -> None:
-        while True:
+        """Until winding down."""
+        while not self._winding_down.is_set():
             self._frame_waits.clear()
             await self._publish_outbox(transport, with_last=False)
             await self._frame_waits.wait()
 
-    async def _publish_outbox(self, transport: Transport, *, with_last: bool) -> None:
-        """The federation's last frame goes out after all receipts, since workers end with it."""
-        while (frame := await self._in_ledger(self._coordinator.unpublished)) is not None and (with_last or not frame.over):
+    async def _publish_outbox(self, transport: Transport, *, with_last: bool) -> bool:
+        """In order; gives whether the last one that went out has a keyframe.
+
+        The federation's last frame goes out after all receipts, since workers end with it.
+        """
+        has_keyframe = False
+        while (frame := await self._in_ledger(self._coordinator.unpublished)) is not None:
+            if frame.over and self._coordinator.is_over and not with_last:
+                break
             await self._publish_frame(transport, frame)
+            await self._in_ledger(self._coordinator.published, frame.number)
+            await self._tell_published(transport, frame)
+            has_keyframe = frame.keyframe is not None
+        return has_keyframe
+
+    async def _announce_newest(self, transport: Transport) -> None:
+        """Logs that lost their frames, or never had them, get one to begin with; who has it leaves it out by its number."""
+        frame = await self._in_ledger(self._coordinator.standing_alone)
+        if frame is None or frame.published_at is None:
+            return
+        body = await asyncio.to_thread(announcement, frame.keyframe or b"")
+        announced = replace(frame, base=None, codec=frame.keyframe_codec or "", size=len(body), body=body)
+        await self._publish_frame(transport, announced)
+        await self._tell_published(transport, announced)
 
     async def _publish_frame(self, transport: Transport, frame: FrameRow) -> None:
-        message = Message(
-            self._names.model,
-            frame.body or b"",
-            message_id=f"{frame.digest[:16]}-{frame.number}",
-            headers={
-                "x-fl-kind": "keyframe",
-                "x-fl-version": frame.version,
-                "x-fl-number": frame.number,
-                "x-fl-codec": frame.codec,
-                "x-fl-bytes": frame.size,
-                "x-fl-digest": frame.digest,
-                "x-fl-over": frame.over,
-            },
-        )
+        """First the keyframe, where there is one: whoever reads the frame may ask for it."""
+        common: dict[str, Header] = {
+            "x-fl-version": frame.version,
+            "x-fl-number": frame.number,
+            "x-fl-digest": frame.digest,
+            "x-fl-over": frame.over,
+        }
+        message_id = f"{frame.digest[:16]}-{frame.number}"
+        if frame.keyframe is not None:
+            codec = frame.keyframe_codec or ""
+            headers = {**common, "x-fl-kind": "keyframe", "x-fl-codec": codec, "x-fl-bytes": len(frame.keyframe)}
+            await self._publish_in_parts(transport, Message(self._names.keyframes, frame.keyframe, "", message_id, headers))
+        headers = {**common, "x-fl-kind": _kind(frame), "x-fl-codec": frame.codec, "x-fl-bytes": frame.size}
+        if frame.base is not None:
+            headers["x-fl-base"] = frame.base
+        await self._publish_in_parts(transport, Message(self._names.model, frame.body or b"", "", message_id, headers))
+
+    async def _publish_in_parts(self, transport: Transport, message: Message) -> None:
         for part in split(message, part_bytes=self._pace.part_bytes, limit_bytes=self._pace.max_message_bytes):
             await transport.publish(part)
-        await self._in_ledger(self._coordinator.published, frame.number)
-        log.info("model broadcast", version=frame.version, bytes=frame.size, over=frame.over)
+
+    async def _tell_published(self, transport: Transport, frame: FrameRow) -> None:
+        log.info("model broadcast", version=frame.version, kind=_kind(frame), bytes=frame.size, over=frame.over)
         facts: dict[str, int | float | str | bool] = {
             "number": frame.number,
+            "kind": _kind(frame),
             "bytes": frame.size,
             "codec": frame.codec,
             "over": frame.over,
         }
+        if frame.keyframe is not None:
+            facts |= {"keyframe_bytes": len(frame.keyframe), "keyframe_codec": frame.keyframe_codec or ""}
         await self._tell(transport, "frame.published", facts, version=frame.version)
 
     async def _watch_accuracy(self, transport: Transport) -> None:
@@ -372,6 +404,10 @@ def arrive(delivery: Delivery, limits: Limits) -> Arrival:
         # A message that no check foresaw must not stop the aggregator.
         log.exception("a check failed on an update", party=sender.party, update_id=sender.update_id)
         return Arrival(sender, Refused("malformed", f"checking it failed: {exc}"), size)
+
+
+def _kind(frame: FrameRow) -> str:
+    return "announcement" if frame.base is None else "delta"
 
 
 def update_facts(verdicts: Sequence[Verdict]) -> tuple[UpdateFacts, ...]:

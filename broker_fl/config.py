@@ -135,7 +135,8 @@ class CodecSettings(Section):
     up_budget: ByteSize | None = None
     """Bytes of an update, as in "20kB": the density of `up` is fitted to it."""
     warm_up_versions: Annotated[int, Field(ge=0)] = 0
-    """The density of `up` falls exponentially from `warm_up_density` to its own over so many versions (DGC, Lin et al. 2018)."""
+    """The densities of `up` and `down` fall exponentially from `warm_up_density` to their own over so many versions: a start with
+    few values is slow (DGC, Lin et al. 2018)."""
     warm_up_density: Annotated[float, Field(gt=0, le=1)] = 0.25
     momentum_correction: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """The momentum that workers keep over their updates (DGC); 0 is plain error feedback."""

@@ -39,5 +39,5 @@ class Event(Message):
     """Seconds since 1970 by the sender's clock."""
     version: Version
     facts: Annotated[dict[str, int | float | str | bool], Field(max_length=64)]
-    updates: Annotated[tuple[UpdateFacts, ...], Field(strict=False, max_length=10_000)] = ()
+    updates: Annotated[tuple[UpdateFacts, ...], Field(strict=False, max_length=10_000, fail_fast=True)] = ()
     """Of `updates.decided`: all that one commit held."""

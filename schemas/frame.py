@@ -22,11 +22,22 @@ class TrainingPlan(Message):
     batch_size: Annotated[int, Field(ge=1, le=1_000_000)] = 32
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
     learning_rate: Annotated[float, Field(gt=0, le=100)] = 0.05
+    decay_versions: Annotated[int | None, Field(ge=1, lt=2**53)] = None
+    """The learning rate falls linearly over so many versions of the model, to `decay_to` of itself, and stays there."""
+    decay_to: Annotated[float, Field(gt=0, le=1)] = 0.1
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Of SGD."""
     weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.0
     proximal: Annotated[float, Field(ge=0, le=1000)] = 0.0
     """The mu of FedProx and rho of FedAsync: adds (mu / 2) * ||x - x_base||^2 to the loss."""
+
+    def at(self, version: int) -> Self:
+        """The plan of a training from this version: the same, with its learning rate."""
+        if self.decay_versions is None:
+            return self
+        share = min(1.0, version / self.decay_versions)
+        rate = self.learning_rate * (1 - share * (1 - self.decay_to))
+        return self.model_copy(update={"learning_rate": rate, "decay_versions": None})
 
 
 class Plan(Message):
@@ -44,11 +55,14 @@ class Plan(Message):
 
 
 class KeyframePlace(Message):
-    """The newest keyframe that a frame knows of, for whoever has to choose between it and the deltas."""
+    """The newest keyframe that a frame knows of, for whoever has to choose between it and the deltas.
+
+    Where a keyframe of the frame's own number was made, that one: it is published before the frame.
+    """
 
     number: FrameNumber
     bytes: ByteCount
-    """Of its body."""
+    """Of its payload; a keyframe says this of itself too, and its body cannot count itself."""
     log_bytes: ByteCount
     """The `log_bytes` of the frame that it holds whole."""
 
@@ -56,8 +70,9 @@ class KeyframePlace(Message):
 class ModelFrame(Message):
     """One broadcast: the state `number` of what the receivers hold.
 
-    With a `base` it is a delta frame: `payload` is the change to frame `base`, none where it is empty. Without, it begins anew: in
-    the keyframe log the payload is the whole model, in the model log it is empty, and the model is the keyframe of this number.
+    With a `base` it is a delta frame: `payload` is the change to frame `base`, none where it is empty. Without, it begins anew:
+    in the keyframe log the payload is the whole model; in the model log it is empty, and the model is that of the keyframe of
+    this number.
     """
 
     kind: Literal["frame"] = "frame"
@@ -77,7 +92,11 @@ class ModelFrame(Message):
     """A keyframe of this number was made in this codec: after the change, the model is rounded by it, to nearest."""
     keyframe: KeyframePlace
     log_bytes: ByteCount
-    """Bytes of the bodies of all delta frames of this ledger up to this one."""
+    """Bytes of the bodies of all delta frames of this ledger before this one, and of this one's payload if it is a delta frame.
+
+    The difference of two frames is what the changes between them cost. A keyframe and an announcement say what the delta frame
+    of their number says; 0 for frame 1.
+    """
     over: bool
     """Whether the federation has ended: this is the final model."""
     manifest: Manifest | None = None

@@ -29,7 +29,7 @@ class TensorSpec(Message):
 class Manifest(Message):
     """Names, shapes and offsets of the tensors that make up the vector, in order and without gaps."""
 
-    tensors: Annotated[tuple[TensorSpec, ...], Field(strict=False, min_length=1, max_length=100_000)]
+    tensors: Annotated[tuple[TensorSpec, ...], Field(strict=False, min_length=1, max_length=100_000, fail_fast=True)]
     dtype: Literal["float32"] = "float32"
 
     @model_validator(mode="after")

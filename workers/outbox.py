@@ -1,15 +1,16 @@
-"""A party's own record, in SQLite: updates that are not settled, the residual, sequence numbers, counters.
+"""A party's own record, in SQLite: updates that are not settled, the residual, sequence numbers, counters, the model it holds.
 
 An update and the residual that it leaves behind are one transaction: after a crash either both are there or neither is.
 """
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 from sqlalchemy import (
+    Boolean,
     Column,
     Connection,
     Float,
@@ -36,6 +37,25 @@ _COUNTERS = Table("counters", _TABLES, Column("name", String, primary_key=True),
 _RESIDUAL = Table(
     "residual", _TABLES, Column("manifest", String, primary_key=True), Column("vector", LargeBinary, nullable=False)
 )
+_VELOCITY = Table(
+    "velocity", _TABLES, Column("manifest", String, primary_key=True), Column("vector", LargeBinary, nullable=False)
+)
+_HELD = Table(
+    "held_model",
+    _TABLES,
+    Column("manifest", String, primary_key=True),
+    Column("ledger", String, nullable=False),
+    Column("number", Integer, nullable=False),
+    Column("version", Integer, nullable=False),
+    Column("digest", String, nullable=False),
+    Column("over", Boolean, nullable=False),
+    Column("log_bytes", Integer, nullable=False),
+    Column("plan", LargeBinary, nullable=False),
+    Column("vector", LargeBinary, nullable=False),
+)
+_HELD_FRAMES = Table(
+    "held_frames", _TABLES, Column("position", Integer, primary_key=True), Column("body", LargeBinary, nullable=False)
+)
 _UPDATES = Table(
     "updates",
     _TABLES,
@@ -58,6 +78,21 @@ class StoredUpdate:
     base_version: int
     codec: str
     sent_at: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StoredModel:
+    """A model and the facts of the frame that left it behind; `plan` as a message, `vector` as little-endian float32."""
+
+    manifest: str
+    ledger: str
+    number: int
+    version: int
+    digest: str
+    over: bool
+    log_bytes: int
+    plan: bytes
+    vector: bytes
 
 
 class Outbox:
@@ -97,16 +132,49 @@ class Outbox:
 
     def residual(self, manifest: str) -> Vector | None:
         """What earlier updates of this model left out, writable; None if there is none."""
-        with self._reading():
-            stored = self._connection.execute(
-                select(_RESIDUAL.c.vector).where(_RESIDUAL.c.manifest == manifest)
-            ).scalar_one_or_none()
-        return None if stored is None else np.frombuffer(stored, dtype="<f4").astype(np.float32)
+        return self._vector(_RESIDUAL, manifest)
 
     def set_residual(self, manifest: str, vector: Vector) -> None:
         """Of the one model that the party trains: another model's residual goes."""
-        self._connection.execute(delete(_RESIDUAL))
-        self._connection.execute(insert(_RESIDUAL).values(manifest=manifest, vector=vector.astype("<f4", copy=False).tobytes()))
+        self._set_vector(_RESIDUAL, manifest, vector)
+
+    def velocity(self, manifest: str) -> Vector | None:
+        """The momentum of earlier updates of this model (DGC), writable; None if there is none."""
+        return self._vector(_VELOCITY, manifest)
+
+    def set_velocity(self, manifest: str, vector: Vector | None) -> None:
+        """Of the one model that the party trains, as with the residual; None where the federation wants none."""
+        self._set_vector(_VELOCITY, manifest, vector)
+
+    def _vector(self, table: Table, manifest: str) -> Vector | None:
+        with self._reading():
+            stored = self._connection.execute(select(table.c.vector).where(table.c.manifest == manifest)).scalar_one_or_none()
+        return None if stored is None else np.frombuffer(stored, dtype="<f4").astype(np.float32)
+
+    def _set_vector(self, table: Table, manifest: str, vector: Vector | None) -> None:
+        self._connection.execute(delete(table))
+        if vector is not None:
+            self._connection.execute(insert(table).values(manifest=manifest, vector=vector.astype("<f4", copy=False).tobytes()))
+
+    def held_model(self) -> StoredModel | None:
+        """The last one that was kept whole; `held_frames` are those that changed it since."""
+        with self._reading():
+            row = self._connection.execute(select(_HELD)).mappings().one_or_none()
+        return StoredModel(**row) if row else None
+
+    def held_frames(self) -> list[bytes]:
+        with self._reading():
+            return list(self._connection.execute(select(_HELD_FRAMES.c.body).order_by(_HELD_FRAMES.c.position)).scalars())
+
+    def set_held_model(self, model: StoredModel | None) -> None:
+        """The only one, with no frames yet."""
+        self._connection.execute(delete(_HELD_FRAMES))
+        self._connection.execute(delete(_HELD))
+        if model is not None:
+            self._connection.execute(insert(_HELD).values(**asdict(model)))
+
+    def add_held_frame(self, body: bytes) -> None:
+        self._connection.execute(insert(_HELD_FRAMES).values(body=body))
 
     def add(self, stored: StoredUpdate) -> None:
         self.set_fact("sequence", str(stored.sequence))

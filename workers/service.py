@@ -1,4 +1,4 @@
-"""A worker as a process: follow the model log, train, put the update into the outbox, send it, learn from receipts.
+"""A worker as a process: follow the model, train, put the update into the outbox, send it, learn from receipts.
 
 It can be killed at any moment: what matters is in the outbox. Training goes on while the broker is away.
 """
@@ -17,8 +17,8 @@ from typing import Protocol, TypeVar
 import numpy as np
 import structlog
 
-from broker_fl.codecs.codec import decode, encode, parse_codec
-from broker_fl.codecs.feedback import compensate, give_back, left_over
+from broker_fl.codecs.codec import decode, parse_codec
+from broker_fl.codecs.feedback import give_back
 from broker_fl.errors import (
     BrokerUnavailableError,
     DecodeError,
@@ -30,15 +30,18 @@ from broker_fl.errors import (
 )
 from broker_fl.parameters import Vector
 from broker_fl.topology import Names
-from broker_fl.transports.model_log import LatestBody, ReceivedModel, follow_frames, open_frame
+from broker_fl.transports.following import Follower, ReceivedModel
+from broker_fl.transports.model_log import Pending, read_newest
 from broker_fl.transports.parts import split
 from broker_fl.transports.retry import Backoff
 from broker_fl.transports.transport import Connect, Delivery, Message, Subscription, Transport
 from schemas import wire
-from schemas.frame import ModelFrame, TrainingPlan
+from schemas.frame import TrainingPlan
 from schemas.manifest import Manifest
 from schemas.receipt import Receipt
 from schemas.update import ModelUpdate
+from workers.encoding import Budget, encode_update, fields_bytes
+from workers.held import HeldModel, Unkept
 from workers.outbox import Outbox, StoredUpdate
 from workers.participation import is_selected
 from workers.trainer import TrainResult
@@ -51,6 +54,13 @@ _RESEND_AFTER_S = 120.0
 _RESEND_AFTER_AT_MOST_S = 3600.0
 """A confirmed update without a receipt is sent again after a while: the aggregator answers what it decided before. The while
 doubles as long as nobody answers, so that an aggregator that is away finds few copies."""
+
+_KEEP_AFTER_S = 0.1
+"""A model that was received is kept on the disk a moment later, so that training does not wait for it."""
+
+_UPLINK = "uplink_bytes_per_s"
+_UPLINK_MEMORY = 0.7
+"""The share that earlier updates keep in the measured speed of the line."""
 
 _DIVERGED = 1e6
 """The magnitude of an element from which a training has diverged, though it is finite: no aggregator takes it."""
@@ -65,11 +75,13 @@ class Train(Protocol):
     def __call__(self, base: Vector, plan: TrainingPlan, *, seed: int, should_stop: Callable[[], bool]) -> TrainResult | None: ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Identity:
     federation: str
     party: str
     manifest: Manifest
+    initial: Vector
+    """The model that the task's seed draws, shape (manifest.size,)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +105,7 @@ class Worker:
         *,
         identity: Identity,
         link: Link,
+        budget: Budget,
         throttle: float,
         clock: Callable[[], float],
     ) -> None:
@@ -102,9 +115,20 @@ class Worker:
         self._identity = identity
         self._names = Names(identity.federation)
         self._link = link
+        self._budget = budget
+        self._fields_bytes = fields_bytes(federation=identity.federation, party=identity.party)
         self._throttle = throttle
         self._clock = clock
+        self._follower = Follower(
+            federation=identity.federation,
+            manifest=identity.manifest,
+            initial=identity.initial,
+            name=f"worker:{identity.party}",
+        )
+        self._held = HeldModel(outbox, federation=identity.federation, manifest=identity.manifest)
+        self._unkept = Unkept(most_bytes=4 * identity.manifest.size)
         self._newest: ReceivedModel | None = None
+        """What the broker says is the newest: a model on the disk may be old."""
         self._was_up = False
         self._left_out: tuple[str, int] | None = None
         self._changed = asyncio.Event()
@@ -125,15 +149,19 @@ class Worker:
         """A broker that is away is waited for.
 
         Raises AuthenticationError, AccessRefusedError, NotFoundError (not enrolled), QueueInUseError (another worker serves this
-        party), ManifestMismatchError, StorageError.
+        party), ManifestMismatchError, StorageError, and ConfigurationError for a budget that no update stays within.
         """
         try:
+            self._follower.held = await self._in_outbox(self._held.load)
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._sessions()), group.create_task(self._train_frames())]
+                services = (self._sessions(), self._train_models(), self._keep_models())
+                tasks = [group.create_task(service) for service in services]
                 await self._ended.wait()
                 self._stop_training.set()
                 for task in tasks:
                     task.cancel()
+            await self._in_outbox(self._count, self._follower.traffic.take())
+            await self._keep_model()
         finally:
             self._stop_training.set()
             for executor in (self._training_thread, self._outbox_thread):
@@ -169,38 +197,48 @@ class Worker:
             self._was_up = True
             backoff.reset()
             log.info("connected", party=self._identity.party, federation=self._identity.federation)
-            bodies = LatestBody()
+            pending = self._follower.new_pending()
             group.create_task(self._read_receipts(receipts))
-            group.create_task(self._follow(transport, bodies))
-            group.create_task(self._take_frames(bodies, receipts))
+            group.create_task(self._read_log(transport, pending))
+            group.create_task(self._follow(transport, pending, receipts))
             group.create_task(self._send_updates(transport))
 
-    async def _follow(self, transport: Transport, latest: LatestBody) -> None:
-        frames = follow_frames(transport, self._names.model_log, name=f"worker:{self._identity.party}")
-        async with aclosing(frames):
-            async for body in frames:
-                latest.put(body)
-                await self._in_outbox(self._count, {"frames_received": 1, "bytes_down": len(body)})
+    async def _read_log(self, transport: Transport, pending: Pending) -> None:
+        name = f"worker:{self._identity.party}"
+        reading = read_newest(transport, self._names.model_log, name=name, traffic=self._follower.traffic)
+        async with aclosing(reading) as broadcasts:
+            async for broadcast in broadcasts:
+                pending.put(broadcast)
 
-    async def _take_frames(self, latest: LatestBody, receipts: Subscription) -> None:
+    async def _follow(self, transport: Transport, pending: Pending, receipts: Subscription) -> None:
         while True:
-            body = await latest.get()
-            try:
-                received = await asyncio.to_thread(
-                    open_frame, body, federation=self._identity.federation, manifest=self._identity.manifest
-                )
-            except DecodeError as exc:
-                log.error("broadcast left out", reason=str(exc))  # noqa: TRY400 - one line says it all
+            progress = await self._follower.next(transport, pending)
+            await self._in_outbox(self._count, self._follower.traffic.take())
+            if progress is None:
                 continue
-            if received.is_newer_than(self._newest):
-                self._newest = received
-                self._changed.set()
-                log.info("model received", version=received.frame.version, bytes=len(body), over=received.frame.over)
-                if received.frame.over:
-                    log.info("the federation is over", version=received.frame.version)
-                    self._stop_training.set()
-                    await self._read_last_receipts(receipts)
-                    self.stop()
+            self._unkept.add(progress)
+            self._newest = received = progress.received
+            self._changed.set()
+            if progress.is_anew or progress.bodies:
+                how = {"frames": len(progress.bodies), "anew": progress.is_anew}
+                log.info("model received", version=received.version, number=received.number, over=received.over, **how)
+            if received.over:
+                log.info("the federation is over", version=received.version)
+                self._stop_training.set()
+                await self._read_last_receipts(receipts)
+                self.stop()
+
+    async def _keep_models(self) -> None:
+        while True:
+            await self._unkept.wait()
+            await asyncio.sleep(_KEEP_AFTER_S)
+            # What was taken is on its way to the disk, also where this task ends meanwhile.
+            await asyncio.shield(self._keep_model())
+
+    async def _keep_model(self) -> None:
+        taken = self._unkept.take()
+        if taken is not None:
+            await self._in_outbox(self._held.keep, *taken)
 
     async def _read_receipts(self, receipts: Subscription) -> None:
         while True:
@@ -287,44 +325,59 @@ class Worker:
                 "x-fl-bytes": len(stored.body),
             },
         )
+        loop = asyncio.get_running_loop()
+        began = loop.time()
         for part in split(message, part_bytes=self._link.part_bytes, limit_bytes=self._link.max_message_bytes):
             await transport.publish(part)
-        await self._in_outbox(self._mark_sent, stored)
+        await self._in_outbox(self._mark_sent, stored, loop.time() - began)
 
-    def _mark_sent(self, stored: StoredUpdate) -> None:
+    def _mark_sent(self, stored: StoredUpdate, seconds: float) -> None:
         with self._outbox.transaction():
             self._outbox.mark_sent(stored.update_id, at=self._clock())
             self._outbox.count({"updates_sent": 1, "bytes_up": len(stored.body)})
+            if seconds > 0:
+                self._outbox.set_fact(_UPLINK, repr(self._measured(len(stored.body) / seconds)))
+
+    def _measured(self, bytes_per_s: float) -> float:
+        """A running mean, in which the newest updates count most."""
+        known = self._uplink()
+        return bytes_per_s if known is None else _UPLINK_MEMORY * known + (1 - _UPLINK_MEMORY) * bytes_per_s
+
+    def _uplink(self) -> float | None:
+        """Bytes per second that the broker confirmed; None before the first update."""
+        fact = self._outbox.fact(_UPLINK)
+        return None if fact is None else float(fact)
 
     def _count(self, added: dict[str, int]) -> None:
         with self._outbox.transaction():
             self._outbox.count(added)
 
-    async def _train_frames(self) -> None:
+    async def _train_models(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
             received = await self._next_to_train()
-            frame = received.frame
             sequence = await self._in_outbox(self._outbox.next_sequence)
             seed = seed_of(self._identity.party, sequence)
             began = loop.time()
             training = partial(self._train, seed=seed, should_stop=self._stop_training.is_set)
-            result = await loop.run_in_executor(self._training_thread, training, received.model, frame.training)
+            plan = received.plan.training.at(received.version)
+            result = await loop.run_in_executor(self._training_thread, training, received.model, plan)
             if result is None:
                 return
             await asyncio.sleep((self._throttle - 1) * (loop.time() - began))
             if not (np.isfinite(result.mean_loss) and np.abs(result.delta).max() < _DIVERGED):
-                log.error("training diverged: nothing is sent, and the next model is waited for", version=frame.version)
-                self._left_out = (frame.ledger, frame.version)
+                log.error("training diverged: nothing is sent, and the next model is waited for", version=received.version)
+                self._left_out = (received.ledger, received.version)
                 await self._in_outbox(self._count, {"trainings_diverged": 1})
                 continue
             stored = await self._in_outbox(self._keep, received, result, sequence)
             log.info(
                 "trained",
-                base_version=frame.version,
+                base_version=received.version,
                 loss=round(result.mean_loss, 4),
                 steps=result.num_steps,
                 seconds=round(loop.time() - began, 2),
+                codec=stored.codec,
                 bytes=len(stored.body),
             )
             self._update_waits.set()
@@ -333,53 +386,61 @@ class Worker:
         while True:
             self._changed.clear()
             received = self._newest
-            if received is not None and await self._in_outbox(self._may_train, received.frame):
+            if received is not None and await self._in_outbox(self._may_train, received):
                 return received
             await self._changed.wait()
 
-    def _may_train(self, frame: ModelFrame) -> bool:
+    def _may_train(self, received: ReceivedModel) -> bool:
         """Once from each version; where the strategy lets a party repeat, again when the last update is settled."""
-        if frame.over or self._left_out == (frame.ledger, frame.version):
+        if received.over or self._left_out == (received.ledger, received.version):
             return False
         if not is_selected(
-            federation=frame.federation,
+            federation=self._identity.federation,
             party=self._identity.party,
-            version=frame.version,
-            number=frame.number,
-            fraction=frame.fraction,
+            version=received.version,
+            number=received.number,
+            fraction=received.plan.fraction,
         ):
             return False
-        if self._outbox.fact("trained_from") != f"{frame.ledger}/{frame.version}":
+        if self._outbox.fact("trained_from") != f"{received.ledger}/{received.version}":
             return True
-        return frame.repeat and self._outbox.unsettled_count() == 0
+        return received.plan.repeat and self._outbox.unsettled_count() == 0
 
     def _keep(self, received: ReceivedModel, result: TrainResult, sequence: int) -> StoredUpdate:
-        """In the outbox's thread: encode, and store update, residual and counters in one transaction."""
-        frame, manifest = received.frame, self._identity.manifest
-        codec = parse_codec(frame.update_codec)
+        """In the outbox's thread: encode, and store update, residual, velocity and counters in one transaction."""
+        manifest = self._identity.manifest
         update_id = uuid.uuid4().hex
-        target = compensate(result.delta, self._outbox.residual(manifest.digest))
-        payload = encode(target, codec, manifest=manifest, generator=np.random.default_rng(int(update_id, 16)))
-        residual = left_over(target, decode(payload, codec, manifest=manifest))
+        encoded = encode_update(
+            result.delta,
+            residual=self._outbox.residual(manifest.digest),
+            velocity=self._outbox.velocity(manifest.digest),
+            plan=received.plan,
+            manifest=manifest,
+            budget=self._budget,
+            uplink_bytes_per_s=self._uplink(),
+            fields_bytes=self._fields_bytes,
+            generator=np.random.default_rng(int(update_id, 16)),
+        )
         update = ModelUpdate(
             federation=self._identity.federation,
             party=self._identity.party,
             update_id=update_id,
             sequence=sequence,
-            base_version=frame.version,
-            base_digest=frame.digest,
+            base_version=received.version,
+            base_digest=received.digest,
             manifest_digest=manifest.digest,
-            codec=codec.name,
+            codec=encoded.codec.name,
             num_samples=result.num_samples,
             num_steps=result.num_steps,
             train_loss=result.mean_loss,
-            payload=payload,
+            payload=encoded.payload,
         )
-        stored = StoredUpdate(sequence, update_id, wire.encode(update), frame.version, codec.name)
+        stored = StoredUpdate(sequence, update_id, wire.encode(update), received.version, update.codec)
         with self._outbox.transaction():
             self._outbox.add(stored)
-            self._outbox.set_residual(manifest.digest, residual)
-            self._outbox.set_fact("trained_from", f"{frame.ledger}/{frame.version}")
+            self._outbox.set_residual(manifest.digest, encoded.residual)
+            self._outbox.set_velocity(manifest.digest, encoded.velocity)
+            self._outbox.set_fact("trained_from", f"{received.ledger}/{received.version}")
             self._outbox.count({"trainings": 1, "steps": result.num_steps})
         return stored
 

@@ -76,7 +76,7 @@ async def _serve(settings: "Settings", config: Path | None, flags: options.Flags
 
 
 async def _apply_policies(settings: "Settings", manifest: "Manifest") -> None:
-    """Lengths and limits are policies, which AMQP can't set. Without them the model log grows without bound."""
+    """Lengths and limits are policies, which AMQP can't set. Without them the two logs grow without bound."""
     import structlog
 
     from broker_fl.enrolment import management_of
@@ -88,5 +88,5 @@ async def _apply_policies(settings: "Settings", manifest: "Manifest") -> None:
             await management.apply_policies(policies(settings.federation.name, model_bytes=4 * manifest.size))
     except BrokerError as exc:
         structlog.get_logger(__name__).warning(
-            "policies were not checked: the model log, quarantine and inboxes may be unbounded", reason=str(exc)
+            "policies were not checked: the two logs of the model, quarantine and inboxes may be unbounded", reason=str(exc)
         )

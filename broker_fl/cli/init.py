@@ -28,6 +28,8 @@ epochs = 5                         # or steps = 50
 batch_size = 32
 optimizer = "sgd"                  # sgd | adam | adamw
 learning_rate = 0.05
+# decay_versions = 1000            # the learning rate falls linearly over so many versions, to decay_to of itself
+# decay_to = 0.1
 momentum = 0.9
 # weight_decay = 0.0
 # proximal = 0.0                   # FedProx's mu: pulls local training back to the model that it started from
@@ -44,8 +46,14 @@ max_staleness = 32                 # in versions; later updates are refused, and
 # server_learning_rate = 1.0
 
 [codec]
-up = "topk:0.01+int4"              # [topk:DENSITY+] float32 | bfloat16 | int8 | int4
-down = "float32"                   # float32 | bfloat16 | int8
+up = "topk:0.01+int4"              # of updates: [SPARSIFIER+]QUANTIZER, as in topk:0.01+int4, randomk:0.05+int8, sign
+down = "topk:0.05+int8"            # of what changed in the model from one broadcast to the next
+# up_budget = "20kB"               # fits the density of `up` to so many bytes an update
+# warm_up_versions = 0             # densities fall from warm_up_density to their own over so many versions
+# warm_up_density = 0.25
+# momentum_correction = 0.0        # DGC's momentum, kept by the workers over their updates
+# keyframe = "float32"             # of whole models: float32 | float16 | bfloat16 | int8
+# keyframe_every_frames = 100      # or sooner, where the changes since the last one cost more
 
 [aggregator]
 state = "broker-fl-state"          # ledger and snapshots

@@ -3,6 +3,8 @@
 import asyncio
 import json
 from dataclasses import asdict, dataclass, field
+from itertools import groupby
+from operator import attrgetter
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -10,6 +12,7 @@ import typer
 from broker_fl.cli import options
 
 if TYPE_CHECKING:
+    from aggregator.ledger import Total
     from broker_fl.config import Settings
 
 
@@ -20,6 +23,10 @@ class PartyStatus:
     buffered: int = 0
     refused: int = 0
     bytes_up: int = 0
+    codec: str = ""
+    """Of its last update."""
+    mean_update_bytes: float = 0.0
+    """Of those that were not refused."""
     mean_staleness: float = 0.0
     max_staleness: int = 0
 
@@ -40,7 +47,13 @@ class Status:
     version: int | None = None
     is_over: bool = False
     frames: int = 0
+    """Delta frames, and the announcement of the first model."""
     frame_bytes: int = 0
+    frame_codec: str = ""
+    """Of the newest; that of keyframes likewise."""
+    keyframes: int = 0
+    keyframe_bytes: int = 0
+    keyframe_codec: str = ""
     aggregator_online: bool = False
     parties: dict[str, PartyStatus] = field(default_factory=dict)
     queues: list[QueueStatus] = field(default_factory=list)
@@ -79,13 +92,32 @@ def _ask_ledger(settings: "Settings", status: Status) -> None:
         last = ledger.last_frame()
         status.version = ledger.latest_version()
         status.is_over = last is not None and last.over
-        status.frames, status.frame_bytes = ledger.frame_totals()
-        for total in ledger.totals():
-            party = status.parties.setdefault(total.party, PartyStatus())
-            party.bytes_up += total.size
-            setattr(party, total.outcome, getattr(party, total.outcome) + total.updates)
-            if total.outcome != "refused":
-                party.mean_staleness, party.max_staleness = total.mean_staleness, total.max_staleness
+        frames = ledger.frame_totals()
+        status.frames, status.frame_bytes, status.frame_codec = frames.frames, frames.size, frames.codec
+        status.keyframes, status.keyframe_bytes, status.keyframe_codec = (
+            frames.keyframes,
+            frames.keyframe_size,
+            frames.keyframe_codec,
+        )
+        codecs = ledger.last_codecs()
+        for name, totals in groupby(ledger.totals(), key=attrgetter("party")):
+            status.parties[name] = _party_status(list(totals), codec=codecs.get(name, ""))
+
+
+def _party_status(totals: "list[Total]", *, codec: str) -> PartyStatus:
+    accepted = [total for total in totals if total.outcome != "refused"]
+    updates = sum(total.updates for total in accepted)
+    counts = {total.outcome: total.updates for total in totals}
+    return PartyStatus(
+        merged=counts.get("merged", 0),
+        buffered=counts.get("buffered", 0),
+        refused=counts.get("refused", 0),
+        bytes_up=sum(total.size for total in totals),
+        codec=codec,
+        mean_update_bytes=sum(total.size for total in accepted) / updates if updates else 0.0,
+        mean_staleness=sum(total.mean_staleness * total.updates for total in accepted) / updates if updates else 0.0,
+        max_staleness=max((total.max_staleness for total in accepted), default=0),
+    )
 
 
 async def _ask_broker(settings: "Settings", status: Status) -> None:
@@ -118,20 +150,26 @@ def _show(status: Status) -> None:
     aggregator = "online" if status.aggregator_online else "offline"
     over = ", over" if status.is_over else ""
     console.print(f"[bold]{status.federation}[/bold] on {status.broker or 'an unreachable broker'}")
-    console.print(f"version {version}{over}; aggregator {aggregator}; {status.frames} broadcasts, {status.frame_bytes:,} bytes")
+    console.print(f"version {version}{over}; aggregator {aggregator}")
+    for what, count, size, codec in (
+        ("frames", status.frames, status.frame_bytes, status.frame_codec),
+        ("keyframes", status.keyframes, status.keyframe_bytes, status.keyframe_codec),
+    ):
+        console.print(f"{count} {what}, {size:,} bytes{', ' + codec if codec else ''}", highlight=False)
     parties = Table("party", "online", title="Parties")
-    for column in ("merged", "buffered", "refused", "bytes up", "staleness, mean", "staleness, max"):
+    parties.add_column("codec", overflow="fold")
+    for column in ("merged / buffered / refused", "bytes up", "bytes an update", "staleness, mean / max"):
         parties.add_column(column, justify="right")
     for name, party in sorted(status.parties.items()):
-        figures = (
-            party.merged,
-            party.buffered,
-            party.refused,
+        parties.add_row(
+            name,
+            "yes" if party.online else "no",
+            party.codec,
+            f"{party.merged} / {party.buffered} / {party.refused}",
             f"{party.bytes_up:,}",
-            f"{party.mean_staleness:.1f}",
-            party.max_staleness,
+            f"{party.mean_update_bytes:,.0f}",
+            f"{party.mean_staleness:.1f} / {party.max_staleness}",
         )
-        parties.add_row(name, "yes" if party.online else "no", *(str(figure) for figure in figures))
     console.print(parties)
     queues = Table("queue", "type", title="Queues")
     for column in ("ready", "unacknowledged", "consumers"):

@@ -18,6 +18,7 @@ from aggregator.ledger import open_ledger
 from aggregator.merging.strategies import build_strategy
 from aggregator.service import Aggregator, Pace
 from aggregator.snapshots import Snapshots
+from broker_fl.codecs.budget import fitted
 from broker_fl.codecs.codec import parse_codec
 from broker_fl.config import Settings
 from broker_fl.database import held_alone, sqlite_url
@@ -33,6 +34,7 @@ from broker_fl.topology import Names, shared
 from broker_fl.transports.transport import Connect
 from schemas.frame import TrainingPlan
 from schemas.manifest import Manifest
+from workers.encoding import Budget, check_budget, fields_bytes
 from workers.outbox import open_outbox
 from workers.service import Identity, Link, Worker
 from workers.trainer import TrainResult, train
@@ -69,6 +71,8 @@ def built_aggregator(settings: Settings, connect: Connect) -> Iterator[BuiltAggr
     up, down = parse_codec(settings.codec.up), parse_codec(settings.codec.down)
     task = task_of(settings)
     _, manifest, model = initial(task, settings.task.data, settings.task.seed)
+    if settings.codec.up_budget is not None:
+        up = fitted(up, settings.codec.up_budget, manifest=manifest)
     limits = _limits(settings, manifest)
     state = settings.aggregator.state
     with ExitStack() as stack:
@@ -76,6 +80,7 @@ def built_aggregator(settings: Settings, connect: Connect) -> Iterator[BuiltAggr
         stack.enter_context(held_alone(state / "aggregator.lock", message=busy))
         ledger = stack.enter_context(open_ledger(sqlite_url(ledger_file(settings))))
         plan = _plan(settings, manifest, ledger_id=ledger.facts()["ledger_id"], up=up.name, down=down.name)
+        plan.at(0)  # A codec that cannot warm up is a mistake in the settings, to be told before anything is opened.
         rules = Rules(
             limits=limits,
             merging=settings.merging,
@@ -113,8 +118,13 @@ def _plan(settings: Settings, manifest: Manifest, *, ledger_id: str, up: str, do
         federation=settings.federation.name,
         ledger_id=ledger_id,
         manifest=manifest,
-        codec=down,
-        update_codec=up,
+        down=down,
+        keyframe=settings.codec.keyframe,
+        keyframe_every_frames=settings.codec.keyframe_every_frames,
+        up=up,
+        warm_up_versions=settings.codec.warm_up_versions,
+        warm_up_density=settings.codec.warm_up_density,
+        momentum_correction=settings.codec.momentum_correction,
         training=settings.training.plan(),
         fraction=settings.aggregator.fraction,
         repeat=strategy.may_repeat,
@@ -143,8 +153,9 @@ def built_worker(settings: Settings, connect: Connect) -> Iterator[Worker]:
         raise ConfigurationError("which party? name it by --party NAME or --enrolment NAME.toml")
     task = task_of(settings)
     examples = share_of(settings, task.train_examples(settings.task.data))
-    module, manifest, _ = initial(task, settings.task.data, settings.task.seed)
+    module, manifest, model = initial(task, settings.task.data, settings.task.seed)
     device = choose_device(settings.worker.device)
+    identity = Identity(settings.federation.name, party, manifest, model)
 
     def train_here(base: Vector, plan: TrainingPlan, *, seed: int, should_stop: Callable[[], bool]) -> TrainResult | None:
         return train(
@@ -166,16 +177,26 @@ def built_worker(settings: Settings, connect: Connect) -> Iterator[Worker]:
         max_message_bytes=settings.broker.max_message_bytes,
         inbox_grace_s=_HEARTBEATS_UNTIL_LOST * settings.broker.heartbeat_s,
     )
+    budget = _budget(settings, identity)
     with open_outbox(settings.worker.state, party=party, federation=settings.federation.name) as outbox:
         yield Worker(
             connect,
             outbox,
             train_here,
-            identity=Identity(settings.federation.name, party, manifest),
+            identity=identity,
             link=link,
+            budget=budget,
             throttle=settings.worker.throttle,
             clock=time.time,
         )
+
+
+def _budget(settings: Settings, identity: Identity) -> Budget:
+    """Raises ConfigurationError for one that no update stays within, as far as this party's settings know the codec."""
+    budget = Budget(bytes=settings.worker.budget, seconds=settings.worker.budget_seconds)
+    facts = fields_bytes(federation=identity.federation, party=identity.party)
+    check_budget(budget, codec=settings.codec.up, manifest=identity.manifest, fields_bytes=facts)
+    return budget
 
 
 def share_of(settings: Settings, examples: Examples) -> Examples:
@@ -208,7 +229,7 @@ def built_evaluator(settings: Settings, connect: Connect) -> Evaluator:
     """Raises ConfigurationError, DataError."""
     task = task_of(settings)
     examples = task.test_examples(settings.task.data)
-    module, manifest, _ = initial(task, settings.task.data, settings.task.seed)
+    module, manifest, model = initial(task, settings.task.data, settings.task.seed)
     device = choose_device(settings.evaluation.device)
 
     def evaluate_here(model: Vector) -> Score:
@@ -216,7 +237,9 @@ def built_evaluator(settings: Settings, connect: Connect) -> Evaluator:
         found = evaluate(task, module, examples, device=device, batch_size=settings.evaluation.batch_size)
         return Score(found.accuracy, found.loss, found.count)
 
-    return Evaluator(connect, evaluate_here, federation=settings.federation.name, manifest=manifest, clock=time.time)
+    return Evaluator(
+        connect, evaluate_here, federation=settings.federation.name, manifest=manifest, initial=model, clock=time.time
+    )
 
 
 def use_threads(settings: Settings) -> None:

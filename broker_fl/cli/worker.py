@@ -34,6 +34,16 @@ def command(
         bool | None, typer.Option("--channels-last/--no-channels-last", help="Memory layout of images.", show_default=False)
     ] = None,
     threads: Annotated[int | None, typer.Option(help="Of torch, for training.", show_default=False)] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option("--budget", help="Bytes of an update, as in 20kB: sparser than the federation asks.", show_default=False),
+    ] = None,
+    budget_seconds: Annotated[
+        float | None,
+        typer.Option(
+            "--budget-seconds", help="How long sending an update may take, by what was measured of the line.", show_default=False
+        ),
+    ] = None,
     until_stdin_closes: options.UntilStdinCloses = False,
     sets: options.Sets = None,
     log_level: options.Level = LogLevel.INFO,
@@ -54,6 +64,8 @@ def command(
             "worker.precision": precision,
             "worker.channels_last": channels_last,
             "worker.threads": threads,
+            "worker.budget": budget,
+            "worker.budget_seconds": budget_seconds,
         },
         sets,
     )

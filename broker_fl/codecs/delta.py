@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from broker_fl.codecs.indices import Indices
+from broker_fl.codecs.layout import Indices
 from broker_fl.parameters import Vector
 
 

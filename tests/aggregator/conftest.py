@@ -18,18 +18,18 @@ from aggregator.ledger import open_ledger, open_ledger_for_reading
 from aggregator.merging.strategies import build_strategy
 from aggregator.service import Aggregator, Pace, arrive
 from aggregator.snapshots import Snapshots
+from broker_fl.codecs.chain import change, whole_model
 from broker_fl.codecs.codec import encode, parse_codec
 from broker_fl.config import MergingSettings
 from broker_fl.database import sqlite_url
-from broker_fl.parameters import manifest_of
+from broker_fl.parameters import digest, manifest_of
 from broker_fl.topology import Names, party, party_permissions, policies, shared
 from broker_fl.transports.memory import MemoryBroker
-from broker_fl.transports.model_log import open_frame
 from broker_fl.transports.parts import Assembler, split
 from broker_fl.transports.transport import Delivery, Message
 from schemas import wire
 from schemas.event import Event
-from schemas.frame import TrainingPlan
+from schemas.frame import ModelFrame, TrainingPlan
 from schemas.receipt import Receipt
 from schemas.update import ModelUpdate
 
@@ -80,7 +80,12 @@ class Bench:
         merging=None,
         goal=None,
         down="float32",
+        keyframe="float32",
+        keyframe_every_frames=100,
         up="float32",
+        warm_up_versions=0,
+        momentum_correction=0.0,
+        training=None,
         every_versions=1,
         every_s=3600.0,
         snapshot_every_versions=1000,
@@ -93,9 +98,14 @@ class Bench:
             federation=self.names.federation,
             ledger_id=ledger_id,
             manifest=self.manifest,
-            codec=down,
-            update_codec=up,
-            training=TrainingPlan(),
+            down=down,
+            keyframe=keyframe,
+            keyframe_every_frames=keyframe_every_frames,
+            up=up,
+            warm_up_versions=warm_up_versions,
+            warm_up_density=0.25,
+            momentum_correction=momentum_correction,
+            training=training or TrainingPlan(),
             fraction=fraction,
             repeat=build_strategy(merging).may_repeat,
             every_versions=every_versions,
@@ -127,13 +137,24 @@ class Bench:
             yield coordinator
 
     def publish(self, coordinator):
-        frame = coordinator.unpublished()
-        if frame is not None:
+        """All that waits; gives the rows with their bodies."""
+        published = []
+        while (frame := coordinator.unpublished()) is not None:
             coordinator.published(frame.number)
+            published.append(frame)
+        return published
 
     def frames(self):
         with open_ledger_for_reading(self.ledger_file) as ledger:
             return ledger.frames_from(0)
+
+    def bodies(self):
+        """Of all frames, opened."""
+        with open_ledger_for_reading(self.ledger_file) as ledger:
+            return [wire.decode(ModelFrame, body) for _, body in ledger.bodies_after(0)]
+
+    def follower(self):
+        return Follower(self.manifest)
 
     def entries(self):
         with open_ledger_for_reading(self.ledger_file) as ledger:
@@ -172,6 +193,40 @@ class Bench:
         """One, or several parts, as the aggregator's decoders find them."""
         messages = split(self.message(update), part_bytes=part_bytes, limit_bytes=limit_bytes)
         return [arrive(delivered(message, user=user or update.party), limits or self.limits()) for message in messages]
+
+
+class Follower:
+    """What a receiver makes of the bodies in the two logs."""
+
+    def __init__(self, manifest):
+        self.manifest = manifest
+        self.frame = None
+        self.model = None
+        self.keyframes = {}
+
+    def take(self, row):
+        """A row as it is published: the keyframe first."""
+        if row.keyframe is not None:
+            self.take_keyframe(row.keyframe)
+        return self.take_body(row.body)
+
+    def take_keyframe(self, body):
+        frame = wire.decode(ModelFrame, body)
+        assert (frame.base, frame.keyframe.number, frame.keyframe.bytes) == (None, frame.number, len(frame.payload))
+        self.keyframes[frame.number] = frame
+        return frame
+
+    def take_body(self, body):
+        frame = wire.decode(ModelFrame, body)
+        if self.frame is not None and frame.number <= self.frame.number:
+            assert (frame.number, frame.digest) == (self.frame.number, self.frame.digest)
+        elif self.frame is not None and frame.base == self.frame.number:
+            change(self.model, frame, manifest=self.manifest)
+        else:
+            self.model = whole_model(self.keyframes[frame.number], manifest=self.manifest)
+        assert digest(self.model) == frame.digest
+        self.frame = frame
+        return frame
 
 
 def delivered(message, *, user, redelivered=False):
@@ -245,8 +300,9 @@ class Ward:
             self.broker.connect(f"worker:{name}", user=name) as transport,
             transport.consume(self.names.inbox(name), prefetch=16, name=name) as inbox,
             transport.follow(self.names.model_log, start="first", name=name) as log,
+            transport.follow(self.names.keyframe_log, start="first", name=name) as keyframes,
         ):
-            yield Party(self, name, transport, inbox, log)
+            yield Party(self, name, transport, inbox, log, keyframes)
 
     @asynccontextmanager
     async def events(self, kind="#"):
@@ -292,21 +348,38 @@ class Running:
         await asyncio.shield(self.task)
 
 
+@dataclass
+class Received:
+    frame: ModelFrame
+    model: np.ndarray
+
+
 class Party:
-    def __init__(self, ward, name, transport, inbox, log):
+    def __init__(self, ward, name, transport, inbox, log, keyframes):
         self._ward = ward
         self.name = name
         self.transport = transport
         self._inbox = inbox
         self._log = log
-        self._assembler = Assembler()
+        self._keyframes = keyframes
+        self._assemblers = Assembler(), Assembler()
+        self._follower = ward.bench.follower()
 
     async def frame(self):
         """The next one of the log, and its model."""
+        body = await self._body(self._log, self._assemblers[0])
+        frame = wire.decode(ModelFrame, body)
+        held = self._follower.frame
+        if held is None or (frame.number > held.number and frame.base != held.number):
+            while frame.number not in self._follower.keyframes:
+                self._follower.take_keyframe(await self._body(self._keyframes, self._assemblers[1]))
+        return Received(self._follower.take_body(body), self._follower.model.copy())
+
+    async def _body(self, feed, assembler):
         while True:
-            body = self._assembler.add(await self._log.receive())
+            body = assembler.add(await feed.receive())
             if body is not None:
-                return open_frame(body, federation=self._ward.names.federation, manifest=self._ward.bench.manifest)
+                return body
 
     async def frames_until(self, condition):
         frames = []

@@ -4,15 +4,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from aggregator.admission import Refused
+from aggregator.admission import Refused, Sender
 from aggregator.decisions import Arrival, Goal
 from aggregator.spool import MAX_HALF_SENT
+from broker_fl.codecs.chain import whole_model
 from broker_fl.config import MergingSettings
 from broker_fl.errors import ConfigurationError, ManifestMismatchError
 from broker_fl.parameters import digest, manifest_of
 from broker_fl.topology import Names
 from schemas import wire
-from schemas.frame import ModelFrame
+from schemas.frame import ModelFrame, TrainingPlan
 
 FEDBUFF = MergingSettings(strategy="fedbuff", buffer_size=3)
 FEDAVG = MergingSettings(strategy="fedavg", buffer_size=2)
@@ -40,10 +41,10 @@ def test_first_opening_broadcasts_the_first_model_at_once(bench):
         assert coordinator.unpublished() is None
         coordinator.tick()
         row = coordinator.unpublished()
-        frame = wire.decode(ModelFrame, row.body)
-    assert (frame.number, frame.version, frame.over) == (1, 0, False)
-    assert frame.digest == row.digest == digest(bench.initial)
-    assert frame.payload == bench.initial.tobytes()
+    announced, keyframe = (wire.decode(ModelFrame, body) for body in (row.body, row.keyframe))
+    assert (announced.number, announced.version, announced.over, announced.payload) == (1, 0, False, b"")
+    assert announced.digest == keyframe.digest == row.digest == digest(bench.initial)
+    assert keyframe.payload == bench.initial.tobytes()
 
 
 def test_start_that_was_killed_before_its_first_commit_is_made_again(bench):
@@ -307,12 +308,154 @@ def test_version_that_was_broadcast_to_a_share_of_the_parties_is_broadcast_again
     assert [(row.number, row.version) for row in bench.frames()] == [(1, 0), (2, 0)]
 
 
-def test_frame_says_what_the_receivers_hold_when_its_codec_loses_bits(bench):
-    with bench.opened(down="int4") as coordinator:
-        (base,) = bench.frames()
+@pytest.mark.parametrize("lossy", [{"down": "int4"}, {"keyframe": "int8", "keyframe_every_frames": 1}])
+def test_frame_says_what_the_receivers_hold_when_its_codec_loses_bits(bench, lossy):
+    with bench.opened(**lossy) as coordinator:
+        decide(bench, coordinator, bench.update(base=bench.frames()[0]))
+        bench.publish(coordinator)
+        base = bench.frames()[-1]
         assert base.digest != base.model_digest
         assert base.model_digest == coordinator.model_digest()
-        assert outcomes(decide(bench, coordinator, bench.update(base=base))) == ["merged"]
+        assert outcomes(decide(bench, coordinator, bench.update("bob", base=base))) == ["merged"]
+
+
+def test_frames_wait_in_order_and_none_is_left_out(bench):
+    with bench.opened(goal=Goal(versions=9)) as coordinator:
+        (base,) = bench.frames()
+        decide(bench, coordinator, bench.update(base=base))
+        # The federation ends, and its goal moves, while the broker is away.
+        coordinator.finish()
+        coordinator.close()
+    with bench.coordinator(goal=Goal(versions=10)) as coordinator:
+        coordinator.open(bench.initial)
+        published = bench.publish(coordinator)
+        assert coordinator.unpublished() is None
+    assert [(row.number, row.over) for row in published] == [(2, False), (3, True), (4, False)]
+    assert all(row.published_at for row in bench.frames())
+
+
+@pytest.mark.parametrize("keyframe", ["float32", "int8", "float16"])
+def test_receivers_hold_the_bits_that_the_ledger_calls_by_their_digest(bench, keyframe):
+    follower = bench.follower()
+    with bench.coordinator(down="topk:0.1+int4", keyframe=keyframe, keyframe_every_frames=3, fraction=0.5) as coordinator:
+        coordinator.open(bench.initial)
+        coordinator.tick()
+        for seed in range(8):
+            for row in bench.publish(coordinator):
+                follower.take(row)
+                assert follower.frame.digest == bench.frames()[-1].digest
+            decide(bench, coordinator, bench.update(base=bench.frames()[-1], seed=seed))
+            bench.clock.now += 4000.0 * (seed % 2)
+            coordinator.tick()
+    rows = bench.frames()
+    assert [row.number for row in rows if row.keyframe_size] == [1, 4, 7]
+    assert [row.base for row in rows] == [None, *range(1, len(rows))]
+
+
+def test_repeated_version_has_an_empty_payload_and_the_digest_that_updates_name(bench):
+    with bench.opened(fraction=0.1, every_s=1.0, keyframe="int8", keyframe_every_frames=1, down="int4") as coordinator:
+        decide(bench, coordinator, bench.update(base=bench.frames()[0]))
+        bench.publish(coordinator)
+        for _ in range(2):
+            bench.clock.now += 6.0
+            coordinator.tick()
+            bench.publish(coordinator)
+        first, second, third, fourth = bench.frames()
+        assert second.digest == third.digest == fourth.digest != first.digest
+        assert [bool(frame.payload) for frame in bench.bodies()] == [False, True, False, False]
+        verdicts = decide(bench, coordinator, bench.update(base=second), bench.update("bob", base=fourth))
+    assert outcomes(verdicts) == ["merged", "merged"]
+
+
+def test_plan_that_changed_between_two_runs_comes_with_a_frame_of_its_own(bench):
+    with bench.opened(training=TrainingPlan(epochs=1)) as coordinator:
+        decide(bench, coordinator, bench.update(base=bench.frames()[0]))
+        bench.publish(coordinator)
+    for _ in range(2):
+        with bench.opened(training=TrainingPlan(epochs=2)) as coordinator:
+            coordinator.tick()
+    plans = [frame.plan and frame.plan.training.epochs for frame in bench.bodies()]
+    assert plans == [1, None, 2]
+    assert [frame.version for frame in bench.bodies()] == [0, 1, 1]
+
+
+def test_federation_that_is_over_has_no_frame_for_a_changed_plan(bench):
+    for training in (TrainingPlan(epochs=1), TrainingPlan(epochs=2)):
+        with bench.opened(goal=Goal(versions=1), training=training) as coordinator:
+            coordinator.finish()
+            coordinator.tick()
+    assert [row.over for row in bench.frames()] == [False, True]
+
+
+def test_newest_frame_stands_alone_with_an_exact_keyframe_that_is_kept(bench):
+    with bench.opened(down="int4", keyframe="int8", keyframe_every_frames=4) as coordinator:
+        follower = bench.follower()
+        follower.take(coordinator.standing_alone())
+        assert follower.frame.number == 1
+        for seed in range(2):
+            decide(bench, coordinator, bench.update(base=bench.frames()[-1], seed=seed))
+            for row in bench.publish(coordinator):
+                follower.take(row)
+        alone = coordinator.standing_alone()
+        # Nothing is made twice.
+        assert coordinator.standing_alone() == alone
+    keyframe = follower.take_keyframe(alone.keyframe)
+    assert (alone.number, alone.keyframe_codec) == (3, "float32")
+    assert whole_model(keyframe, manifest=bench.manifest).tobytes() == follower.model.tobytes()
+    with bench.opened(down="int4", keyframe="int8", keyframe_every_frames=4) as coordinator:
+        assert coordinator.standing_alone() == alone
+        for seed in range(4):
+            decide(bench, coordinator, bench.update(base=bench.frames()[-1], seed=seed))
+            bench.publish(coordinator)
+    frames = bench.bodies()
+    assert [frame.keyframe.number for frame in frames] == [1, 1, 1, 3, 3, 3, 7]
+    with bench.ledger() as ledger:
+        number, _ = ledger.newest_keyframe()
+    assert number == 7
+
+
+def test_nothing_stands_alone_before_the_first_frame(bench):
+    with bench.coordinator() as coordinator:
+        coordinator.open(bench.initial)
+        assert coordinator.standing_alone() is None
+
+
+def test_log_bytes_are_what_the_bodies_cost(bench):
+    with bench.opened(down="topk:0.1+int8", keyframe_every_frames=2, fraction=0.5) as coordinator:
+        for seed in range(5):
+            decide(bench, coordinator, bench.update(base=bench.frames()[-1], seed=seed))
+            bench.publish(coordinator)
+            bench.clock.now += 4000.0
+            coordinator.tick()
+            bench.publish(coordinator)
+    with bench.ledger() as ledger:
+        sizes = [len(body) for _, body in ledger.bodies_after(0)]
+    rows, frames = bench.frames(), bench.bodies()
+    assert [row.size for row in rows] == sizes
+    for number in range(1, len(rows)):
+        assert rows[number].log_bytes == sum(sizes[1 : number + 1])
+        assert frames[number].log_bytes == sum(sizes[1:number]) + len(frames[number].payload)
+    places = {frame.number: frame.log_bytes for frame in frames}
+    assert all(frame.keyframe.log_bytes == places[frame.keyframe.number] for frame in frames)
+
+
+# Receipts
+
+
+def test_receipt_says_the_codec_and_the_bytes_of_its_update(bench):
+    with bench.opened() as coordinator:
+        (base,) = bench.frames()
+        updates = [bench.update(base=base, codec="topk:0.1+int4"), bench.update("bob", base=base, base_digest="0" * 64)]
+        merged, refused = decide(bench, coordinator, *updates)
+        parts = bench.arrivals(bench.update("cem", base=base), part_bytes=1024, limit_bytes=1024)
+        whole = coordinator.decide(parts)[-1]
+        again = coordinator.decide(parts)[-1]
+        (unread,) = coordinator.decide([Arrival(Sender("ann", "5" * 32), Refused("malformed", "no map"), 7)])
+    assert (merged.receipt.codec, merged.receipt.bytes) == ("topk:0.1+int4", len(wire.encode(updates[0])))
+    assert (refused.receipt.codec, refused.receipt.bytes) == ("float32", len(wire.encode(updates[1])))
+    assert whole.receipt.bytes == whole.size > 8000
+    assert again.receipt == whole.receipt
+    assert (unread.receipt.codec, unread.receipt.bytes) == ("", 7)
 
 
 # Buffers
@@ -431,7 +574,7 @@ def test_goal_reached_in_the_middle_of_a_group_leaves_the_rest_undecided(bench):
         assert decide(bench, coordinator, *updates[2:]) == []
         coordinator.finish()
         assert coordinator.is_over
-        assert coordinator.unpublished().over
+        assert [row.over for row in bench.publish(coordinator)] == [False, True]
     assert len(bench.entries()) == 3
 
 
@@ -464,7 +607,7 @@ def test_federation_that_is_over_stays_over(bench):
         coordinator.close()
     with bench.opened(goal=goal) as coordinator:
         assert coordinator.is_over
-        assert coordinator.newest().over
+        assert coordinator.standing_alone().over
     assert [row.over for row in bench.frames()] == [False, False, True]
 
 
@@ -476,7 +619,7 @@ def test_federation_whose_goal_moved_goes_on_with_the_same_model(bench):
         model = coordinator.model_digest()
     with bench.opened(goal=Goal(versions=2)) as coordinator:
         assert not coordinator.is_over
-        newest = coordinator.newest()
+        newest = bench.frames()[-1]
         assert (newest.version, newest.over, newest.model_digest) == (1, False, model)
         assert outcomes(decide(bench, coordinator, bench.update(base=bench.frames()[-1]))) == ["merged"]
         assert coordinator.goal_reached()

@@ -4,13 +4,12 @@ from contextlib import asynccontextmanager
 
 import numpy as np
 import pytest
+from broadcasting import Broadcaster, publish
 from structlog.testing import capture_logs
 
-from aggregator.broadcast import make_frame
 from aggregator.evaluator import Evaluator, Score
-from broker_fl.errors import BrokerUnavailableError, ManifestMismatchError
+from broker_fl.errors import BrokerUnavailableError, ManifestMismatchError, NotFoundError
 from broker_fl.parameters import manifest_of
-from broker_fl.transports.parts import split
 from broker_fl.transports.transport import Message
 
 
@@ -36,18 +35,25 @@ class Studio:
     def __init__(self, ward):
         self.ward = ward
         self.scorer = Scorer()
+        self.frames = None
+        self.last = None
 
     async def broadcast(self, number, *, accuracy, version=None, over=False, ledger_id="a" * 32, part_bytes=None):
-        plan = self.ward.bench.rules(ledger_id).plan
-        model = np.full(self.ward.bench.manifest.size, accuracy, np.float32)
-        frame = make_frame(plan, model, version=number if version is None else version, number=number, over=over, at=1.0)
-        await self.publish(frame.row.body, name=f"{number}", part_bytes=part_bytes)
-
-    async def publish(self, body, *, name="x", part_bytes=None):
-        message = Message(self.ward.names.model, body, message_id=name)
+        """The first frame as a keyframe and its announcement; then changes. A number that was there already: that frame again."""
+        manifest = self.ward.bench.manifest
+        model = np.full(manifest.size, accuracy, np.float32)
+        version = number if version is None else version
+        if self.frames is None or self.frames.ledger != ledger_id:
+            self.frames = Broadcaster(self.ward.names.federation, manifest, ledger=ledger_id, number=number - 1)
+            self.last = self.frames.first(model, version=version, over=over)
+        elif number > self.frames.number:
+            self.last = self.frames.next(model, version=version, over=over)
         async with self.ward.broker.connect("aggregator") as transport:
-            for part in split(message, part_bytes=part_bytes or 1, limit_bytes=0 if part_bytes else 1 << 30):
-                await transport.publish(part)
+            await publish(transport, self.last, part_bytes=part_bytes)
+
+    async def publish(self, body):
+        async with self.ward.broker.connect("aggregator") as transport:
+            await transport.publish(Message(self.ward.names.model, body))
 
     @asynccontextmanager
     async def running(self, connect=None):
@@ -56,6 +62,7 @@ class Studio:
             self.scorer,
             federation=self.ward.names.federation,
             manifest=self.ward.bench.manifest,
+            initial=np.zeros(self.ward.bench.manifest.size, np.float32),
             clock=lambda: 7.0,
         )
         async with asyncio.timeout(20), asyncio.TaskGroup() as group:
@@ -248,3 +255,48 @@ async def test_score_that_could_not_be_told_is_told_when_the_broker_is_back(stud
         assert (await onlooker.next("model.evaluated")).facts["over"]
         await task
     assert is_lost
+
+
+async def test_queue_that_is_missing_after_it_was_there_is_waited_for(studio):
+    """A broker that starts again does not know all of its queues and exchanges at once."""
+    attempts = []
+
+    @asynccontextmanager
+    async def connect(name):
+        attempts.append(name)
+        if len(attempts) == 2:
+            raise NotFoundError("no vhost")
+        async with studio.ward.broker.connect(name) as transport:
+            yield transport
+
+    async with studio.running(connect) as task:
+        await studio.broadcast(1, accuracy=0.1)
+        await studio.ward.until(lambda: studio.scorer.seen)
+        studio.ward.broker.stop()
+        studio.ward.broker.start()
+        await studio.broadcast(2, accuracy=0.2, over=True)
+        await task
+    assert len(attempts) == 3
+
+
+async def test_federation_that_is_not_there_ends_the_evaluator(studio):
+    studio.ward.broker._exchanges.clear()
+    with pytest.RaisesGroup(NotFoundError, flatten_subgroups=True, allow_unwrapped=True):
+        async with studio.running() as task:
+            await asyncio.shield(task)
+
+
+async def test_changes_before_it_came_and_while_it_was_slow_are_followed_to_the_newest_model(studio):
+    for number in range(1, 6):
+        await studio.broadcast(number, accuracy=number / 10, part_bytes=700)
+    async with studio.ward.events("model.evaluated") as onlooker, studio.running() as task:
+        await onlooker.next("model.evaluated")
+        studio.scorer.began.clear()
+        studio.scorer.goes_on.clear()
+        await studio.broadcast(6, accuracy=0.6)
+        assert await asyncio.to_thread(studio.scorer.began.wait, 10)
+        for number in range(7, 10):
+            await studio.broadcast(number, accuracy=number / 10, over=number == 9)
+        studio.scorer.goes_on.set()
+        await task
+    assert studio.scorer.seen == [pytest.approx(0.5), pytest.approx(0.6), pytest.approx(0.9)]

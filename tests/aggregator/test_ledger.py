@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from aggregator.ledger import Entry, FrameRow, PartRow, SnapshotRow, open_ledger
+from aggregator.ledger import Entry, FrameRow, FrameTotals, PartRow, SnapshotRow, open_ledger, open_ledger_for_reading
 from broker_fl.database import sqlite_url
-from broker_fl.errors import StorageError, StorageFullError
+from broker_fl.errors import ConfigurationError, StorageError, StorageFullError
 
 
 @pytest.fixture
@@ -37,8 +37,23 @@ def entry(seq, party="ann", update_id=None, **changes):
 
 
 def frame(number, *, body=b"frame", version=None, **changes):
-    facts = {"at": 1.0, "digest": "d" * 64, "model_digest": "m" * 64, "codec": "float32", "over": False, "size": 5}
+    facts = {
+        "at": 1.0,
+        "base": number - 1 or None,
+        "digest": "d" * 64,
+        "model_digest": "m" * 64,
+        "codec": "int8",
+        "rounding": None,
+        "plan": "p" * 64,
+        "over": False,
+        "size": 5,
+        "log_bytes": 5 * (number - 1),
+    }
     return FrameRow(**{"number": number, "version": number if version is None else version, "body": body, **facts, **changes})
+
+
+def with_keyframe(number, *, body=b"whole"):
+    return frame(number, keyframe_codec="float32", keyframe_size=len(body), keyframe=body)
 
 
 def part(index, *, party="ann", update_id="u" * 32, at=1.0, body=b"abc", parts=3):
@@ -90,7 +105,11 @@ def test_empty_ledger_has_no_entries_frames_or_snapshots(ledger):
     assert ledger.last_seq() == ledger.latest_version() == 0
     assert ledger.last_frame() is None
     assert ledger.snapshots() == ledger.totals() == ledger.strategies() == []
-    assert ledger.frame_totals() == (0, 0)
+    assert ledger.oldest_unpublished() is None
+    assert ledger.newest_keyframe() is None
+    assert list(ledger.bodies_after(0)) == []
+    assert ledger.last_codecs() == {}
+    assert ledger.frame_totals() == FrameTotals(0, 0, 0, 0, "", "")
 
 
 def test_second_entry_for_an_update_of_a_party_is_impossible(ledger):
@@ -210,18 +229,84 @@ def test_half_sent_update_expires_by_its_newest_part(ledger):
         assert ledger.expire_parts(before=31.0) == 1
 
 
-def test_published_frame_keeps_its_body_and_drops_those_before_it(ledger):
+def add_frames(ledger, *frames):
     with ledger.transaction():
-        for number in (1, 2, 3):
-            ledger.add_frame(frame(number, body=b"%d" % number))
+        for added in frames:
+            ledger.add_frame(added)
+
+
+def publish(ledger, *numbers):
     with ledger.transaction():
-        ledger.mark_published(2, at=7.0)
-    assert [ledger.frame_body(number) for number in (1, 2, 3)] == [None, b"2", b"3"]
+        for number in numbers:
+            ledger.mark_published(number, at=7.0)
+
+
+def test_frame_comes_back_with_all_that_was_written(ledger):
+    written = with_keyframe(1), frame(2, rounding="int8", over=True), frame(3, base=2)
+    add_frames(ledger, *written)
     rows = ledger.frames_from(0)
-    assert [row.published_at for row in rows] == [None, 7.0, None]
-    assert all(row.body is None for row in rows)
-    assert ledger.last_frame() == frame(3, body=b"3")
-    assert ledger.frame_totals() == (1, 5)
+    assert rows == [replace(row, body=None, keyframe=None) for row in written]
+    assert [ledger.with_bodies(row) for row in rows] == list(written)
+    assert ledger.last_frame() == rows[-1]
+
+
+def test_bodies_of_all_frames_are_kept_and_come_in_order(ledger):
+    add_frames(ledger, *(frame(number, body=b"%d" % number) for number in range(1, 12)))
+    publish(ledger, *range(1, 12))
+    assert list(ledger.bodies_after(0)) == [(number, b"%d" % number) for number in range(1, 12)]
+    assert [number for number, _ in ledger.bodies_after(9)] == [10, 11]
+
+
+def test_frames_wait_in_order_with_their_bodies(ledger):
+    written = [frame(1), with_keyframe(2), frame(3)]
+    add_frames(ledger, *written)
+    assert ledger.oldest_unpublished() == written[0]
+    publish(ledger, 1)
+    assert ledger.oldest_unpublished() == written[1]
+    publish(ledger, 2, 3)
+    assert ledger.oldest_unpublished() is None
+    assert [row.published_at for row in ledger.frames_from(0)] == [7.0] * 3
+
+
+def test_keyframe_is_dropped_when_a_newer_one_is_out_and_no_sooner(ledger):
+    add_frames(ledger, with_keyframe(1, body=b"first"), frame(2), with_keyframe(3, body=b"third"), frame(4))
+    publish(ledger, 1, 2)
+    assert ledger.oldest_unpublished().keyframe == b"third"
+    assert [ledger.with_bodies(row).keyframe for row in ledger.frames_from(0)] == [b"first", None, b"third", None]
+    publish(ledger, 3, 4)
+    assert [ledger.with_bodies(row).keyframe for row in ledger.frames_from(0)] == [None, None, b"third", None]
+    assert ledger.newest_keyframe() == (3, b"third")
+    # What it was is still known.
+    assert ledger.frames_from(0)[0].keyframe_size == 5
+
+
+def test_keyframe_that_a_frame_gets_later_stands_for_those_before_it(ledger):
+    add_frames(ledger, with_keyframe(1), frame(2))
+    publish(ledger, 1, 2)
+    with ledger.transaction():
+        ledger.add_keyframe(2, codec="int8", body=b"later")
+    assert ledger.newest_keyframe() == (2, b"later")
+    row = ledger.with_bodies(ledger.last_frame())
+    assert (row.keyframe_codec, row.keyframe_size, row.keyframe, row.body) == ("int8", 5, b"later", b"frame")
+    assert ledger.with_bodies(ledger.frames_from(0)[0]).keyframe is None
+
+
+def test_frames_are_counted_when_they_are_published(ledger):
+    add_frames(
+        ledger, with_keyframe(1), frame(2), replace(with_keyframe(3, body=b"w" * 9), keyframe_codec="int8"), frame(4, size=7)
+    )
+    publish(ledger, 1)
+    assert ledger.frame_totals() == FrameTotals(1, 5, 1, 5, "int8", "float32")
+    publish(ledger, 2, 3, 4)
+    assert ledger.frame_totals() == FrameTotals(4, 22, 2, 14, "int8", "int8")
+
+
+def test_ledger_of_an_earlier_format_is_named_and_left_as_it_is(file):
+    with open_ledger(sqlite_url(file)) as ledger, ledger.transaction():
+        ledger._connection.exec_driver_sql("DELETE FROM meta WHERE key = 'format'")
+    for opening in (lambda: open_ledger(sqlite_url(file)), lambda: open_ledger_for_reading(file)):
+        with pytest.raises(ConfigurationError, match=r"ledger\.db is in format 1, this broker-fl writes format 2"), opening():
+            pass
 
 
 def test_frames_are_listed_from_a_version_on(ledger):
@@ -240,6 +325,18 @@ def test_snapshot_of_an_entry_replaces_the_one_before(ledger):
     with ledger.transaction():
         ledger.add_snapshot(replace(row, file="two.safetensors"))
     assert [(found.seq, found.file) for found in ledger.snapshots()] == [(4, "two.safetensors"), (9, "late.safetensors")]
+
+
+def test_last_codec_of_a_party_is_that_of_its_newest_update_that_could_be_read(ledger):
+    append(
+        ledger,
+        entry(1, codec="float32"),
+        entry(2, codec="int8"),
+        entry(3, "bob", codec="int4"),
+        entry(4, codec=None, outcome="refused", reason="malformed"),
+        entry(5, "cem", codec=None, outcome="refused", reason="malformed"),
+    )
+    assert ledger.last_codecs() == {"ann": "int8", "bob": "int4"}
 
 
 def test_totals_add_up_by_party_and_outcome(ledger):
@@ -267,7 +364,12 @@ READS = {
     "strategies": lambda ledger: ledger.strategies(),
     "last_frame": lambda ledger: ledger.last_frame(),
     "frames_from": lambda ledger: ledger.frames_from(0),
-    "frame_body": lambda ledger: ledger.frame_body(1),
+    "oldest_unpublished": lambda ledger: ledger.oldest_unpublished(),
+    "with_bodies": lambda ledger: ledger.with_bodies(frame(1)),
+    "bodies_after": lambda ledger: list(ledger.bodies_after(0)),
+    "first of bodies_after": lambda ledger: next(ledger.bodies_after(0)),
+    "newest_keyframe": lambda ledger: ledger.newest_keyframe(),
+    "last_codecs": lambda ledger: ledger.last_codecs(),
     "snapshots": lambda ledger: ledger.snapshots(),
     "totals": lambda ledger: ledger.totals(),
     "frame_totals": lambda ledger: ledger.frame_totals(),
@@ -279,7 +381,7 @@ READS = {
 def test_reading_leaves_no_transaction_open(ledger, file, read):
     with ledger.transaction():
         ledger.append([entry(1), entry(2)])
-        ledger.add_frame(frame(1))
+        ledger.add_frame(with_keyframe(1))
     read(ledger)
     assert is_closed_for_reading(file)
     append(ledger, entry(3))
@@ -289,7 +391,7 @@ def test_reading_leaves_no_transaction_open(ledger, file, read):
 def test_reading_inside_a_transaction_sees_it_and_leaves_it_open(ledger, read):
     with ledger.transaction():
         ledger.append([entry(1), entry(2)])
-        ledger.add_frame(frame(1))
+        ledger.add_frame(with_keyframe(1))
         read(ledger)
         assert ledger.last_seq() == 2
         ledger.append([entry(3)])

@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from structlog.testing import capture_logs
 
 from aggregator.coordinator import Coordinator
 from aggregator.decisions import Goal
 from aggregator.recovery import manifest_of_ledger, recover
+from aggregator.snapshots import Stored
 from aggregator.verification import verify
+from broker_fl.codecs.chain import change, rounded
 from broker_fl.config import MergingSettings
 from broker_fl.errors import DamagedError, StorageFullError
 from broker_fl.parameters import digest
@@ -33,6 +36,7 @@ STEPS = st.one_of(
     st.tuples(st.just("group"), st.lists(UPDATES, min_size=1, max_size=4)),
     st.tuples(st.just("again")),  # an update that was decided before
     st.tuples(st.just("publish")),
+    st.tuples(st.just("session")),
     st.tuples(st.just("tick"), st.sampled_from([0.5, 3.0])),
 )
 CRASHES = st.sampled_from(["none", "none", "killed", "stopped"])
@@ -40,7 +44,12 @@ PACES = st.fixed_dictionaries(
     {
         "every_versions": st.integers(1, 3),
         "snapshot_every_versions": st.integers(1, 5),
-        "down": st.sampled_from(["float32", "int8"]),
+        "down": st.sampled_from(["float32", "int8", "topk:0.05+int4"]),
+        "keyframe": st.sampled_from(["float32", "float16", "int8"]),
+        "keyframe_every_frames": st.integers(1, 6),
+        "warm_up_versions": st.sampled_from([0, 5]),
+        "up": st.just("topk:0.01+int8"),
+        "fraction": st.sampled_from([0.5, 1.0]),
     }
 )
 
@@ -55,6 +64,9 @@ class Life:
     digests: list = field(default_factory=list)
 
     def begin(self):
+        with self.bench.ledger() as ledger, ledger.transaction():
+            # Frames name their ledger: the same name, for the same bytes.
+            ledger.set_fact("ledger_id", "ab" * 16)
         self._context = self.bench.opened(every_s=2.0, **self.rules)
         self.coordinator = self._context.__enter__()
         return self
@@ -80,6 +92,9 @@ class Life:
             self._decide(self.sent[-2:])
         elif kind == "publish":
             self.bench.publish(self.coordinator)
+        elif kind == "session":
+            self.bench.publish(self.coordinator)
+            self.coordinator.standing_alone()
         elif kind == "tick":
             self.bench.clock.now += rest[0]
             self.coordinator.tick()
@@ -131,6 +146,8 @@ def test_aggregator_that_is_killed_and_restarted_makes_the_same_bits_as_one_that
     verified = _verified(disturbed.bench)
     assert recovered.version == verified.version == live.version
     assert digest(recovered.model) == verified.model_digest == live.model_digest()
+    assert _frames(disturbed.bench) == _frames(undisturbed.bench)
+    assert _followed(disturbed.bench) == disturbed.bench.frames()[-1].digest
 
 
 @settings(max_examples=8, deadline=None)
@@ -139,6 +156,7 @@ def test_aggregator_that_is_killed_and_restarted_makes_the_same_bits_as_one_that
     lives=st.lists(
         st.tuples(
             st.sampled_from(sorted(MERGING)),
+            st.sampled_from(["float32", "int8", "topk:0.05+int4"]),
             st.sampled_from(["float32", "int8"]),
             st.lists(STEPS, max_size=5),
             st.booleans(),
@@ -150,9 +168,9 @@ def test_aggregator_that_is_killed_and_restarted_makes_the_same_bits_as_one_that
 )
 def test_changing_strategies_codecs_and_goals_between_restarts_is_replayed_to_the_same_bits(new_bench, pace, lives):
     life = Life(new_bench(), {"merging": MERGING[lives[0][0]], "goal": Goal(), **pace}).begin()
-    for number, (merging, down, steps, finishes, how) in enumerate(lives):
+    for number, (merging, down, keyframe, steps, finishes, how) in enumerate(lives):
         # A goal of its own for every life, so that a federation that was over goes on.
-        life.restart(how, merging=MERGING[merging], down=down, goal=Goal(versions=1000 + number))
+        life.restart(how, merging=MERGING[merging], down=down, keyframe=keyframe, goal=Goal(versions=1000 + number))
         for step in steps:
             life.do(step)
         if finishes:
@@ -162,10 +180,57 @@ def test_changing_strategies_codecs_and_goals_between_restarts_is_replayed_to_th
     recovered, verified = _recovered(life.bench), _verified(life.bench)
     assert digest(recovered.model) == verified.model_digest == life.coordinator.model_digest()
     assert recovered.version == verified.version == life.coordinator.version
+    assert _followed(life.bench) == life.bench.frames()[-1].digest
 
 
-def test_base_of_a_version_that_was_broadcast_again_in_another_codec_is_the_newer_one(bench):
-    """The snapshot between the two frames holds the base of the first."""
+def _frames(bench):
+    """All that was ever sent, to the last byte; of keyframes the newest."""
+    with bench.ledger() as ledger:
+        return list(ledger.bodies_after(0)), ledger.newest_keyframe()
+
+
+def _followed(bench):
+    """The digest of what whoever followed the log from its beginning holds."""
+    first, *changes = bench.bodies()
+    with bench.ledger() as ledger:
+        start = bench.snapshots().read(Stored(ledger.snapshots()[0].file, ledger.snapshots()[0].sha256))
+    model = start.model if first.rounding is None else rounded(start.model, first.rounding, manifest=bench.manifest)[1]
+    for frame in changes:
+        change(model, frame, manifest=bench.manifest)
+    return digest(model)
+
+
+MIXING = MergingSettings(mode="mixing", mixing_rate=0.5, staleness="constant")
+
+
+def test_bases_are_made_from_the_first_frame_on_where_no_snapshot_has_one(bench):
+    """As after a kill between the change of strategy and its snapshot."""
+    with bench.opened(down="topk:0.1+int4", keyframe="int8", keyframe_every_frames=2) as coordinator:
+        for seed in range(5):
+            coordinator.decide([bench.arrival(bench.update(base=bench.frames()[-1], seed=seed))])
+            bench.publish(coordinator)
+    with bench.opened(merging=MIXING, down="topk:0.1+int4") as coordinator:
+        base = bench.frames()[-1]
+        (verdict,) = coordinator.decide([bench.arrival(bench.update(base=base, seed=9))])
+        assert verdict.receipt.outcome == "merged"
+        live = coordinator.model_digest()
+    change_ledger(bench, "DELETE FROM snapshots WHERE version > 0")
+    assert digest(_recovered(bench).model) == live
+    assert _verified(bench).model_digest == live
+
+
+def test_bases_are_made_from_the_newest_one_of_the_snapshot(bench):
+    with bench.opened(merging=MIXING, down="topk:0.1+int4", snapshot_every_versions=3) as coordinator:
+        for seed in range(7):
+            coordinator.decide([bench.arrival(bench.update(base=bench.frames()[-1], seed=seed))])
+            bench.publish(coordinator)
+        live = coordinator.model_digest()
+    with bench.ledger() as ledger:
+        (bench.folder / "snapshots" / ledger.snapshots()[0].file).unlink()
+    assert digest(_recovered(bench).model) == live
+
+
+def test_base_of_a_version_that_was_broadcast_again_under_other_settings_is_the_same(bench):
     mixing = MergingSettings(mode="mixing", mixing_rate=0.5, staleness="constant")
     with bench.opened(merging=mixing, goal=Goal(versions=1)) as coordinator:
         coordinator.decide([bench.arrival(bench.update(base=bench.frames()[0]))])
@@ -173,7 +238,7 @@ def test_base_of_a_version_that_was_broadcast_again_in_another_codec_is_the_newe
         coordinator.close()
     with bench.opened(merging=mixing, goal=Goal(versions=9), down="int4") as coordinator:
         base = bench.frames()[-1]
-        assert (base.version, base.codec) == (1, "int4")
+        assert (base.version, base.codec, base.number) == (1, "int4", 4)
         (verdict,) = coordinator.decide([bench.arrival(bench.update("bob", base=base))])
         assert verdict.receipt.outcome == "merged"
         live = coordinator.model_digest()
@@ -194,17 +259,78 @@ def test_recovery_begins_at_the_newest_snapshot(bench):
     assert (recovered.snapshot_version, recovered.state.version, recovered.seq) == (4, 5, 6)
 
 
-@pytest.mark.parametrize("damage", ["missing", "truncated"])
-def test_start_from_a_damaged_snapshot_fails_and_names_it(bench, damage):
+def _missing(file):
+    file.unlink()
+
+
+def _truncated(file):
+    file.write_bytes(file.read_bytes()[:100])
+
+
+@pytest.mark.parametrize("damage", [_missing, _truncated])
+@pytest.mark.parametrize("merging", [MergingSettings(), MIXING], ids=["delta", "mixing"])
+def test_start_from_a_damaged_snapshot_names_it_aloud_and_goes_back_to_an_older_one(bench, merging, damage):
+    rules = {"merging": merging, "snapshot_every_versions": 2, "down": "int4"}
+    with bench.opened(**rules) as coordinator:
+        for seed in range(4):
+            coordinator.decide([bench.arrival(bench.update(base=bench.frames()[-1], seed=seed))])
+            bench.publish(coordinator)
+        live = coordinator.model_digest()
+    damage(bench.folder / "snapshots" / "model-v00000004-s00000005.safetensors")
+    with bench.coordinator(**rules) as coordinator:
+        with capture_logs() as logs:
+            coordinator.open(bench.initial)
+        assert (coordinator.version, coordinator.model_digest()) == (4, live)
+        coordinator.close()
+    (line,) = [line for line in logs if line["log_level"] == "error"]
+    assert "model-v00000004-s00000005.safetensors" in line["reason"]
+    assert line["older"] == "model-v00000002-s00000003.safetensors"
+    # The end of the run has put a whole one in its place.
+    with capture_logs() as logs, bench.coordinator(**rules) as coordinator:
+        coordinator.open(bench.initial)
+    assert [line for line in logs if line["log_level"] == "error"] == []
+
+
+def test_start_from_damaged_snapshots_alone_fails_and_names_the_newest(bench):
     with bench.opened() as coordinator:
         coordinator.decide([bench.arrival(bench.update(base=bench.frames()[0]))])
         coordinator.close()
-    file = bench.folder / "snapshots" / "model-v00000001-s00000002.safetensors"
-    if damage == "missing":
-        file.unlink()
-    else:
-        file.write_bytes(file.read_bytes()[:100])
-    with bench.coordinator() as coordinator, pytest.raises(DamagedError, match=file.name):
+    for file in (bench.folder / "snapshots").iterdir():
+        _truncated(file)
+    with bench.coordinator() as coordinator, pytest.raises(DamagedError, match=r"model-v00000001-s00000002\.safetensors"):
+        coordinator.open(bench.initial)
+
+
+def test_older_snapshot_does_not_do_where_the_ledger_lost_an_entry_since(bench):
+    with bench.opened() as coordinator:
+        (base,) = bench.frames()
+        coordinator.decide([bench.arrival(bench.update(base=base, seed=seed)) for seed in range(3)])
+        coordinator.close()
+    _missing(bench.folder / "snapshots" / "model-v00000003-s00000004.safetensors")
+    change_ledger(bench, "DELETE FROM entries WHERE seq = 2")
+    with bench.coordinator() as coordinator, pytest.raises(DamagedError, match="entry 2 is missing"):
+        coordinator.open(bench.initial)
+
+
+@pytest.mark.parametrize(
+    ("statement", "message"),
+    [
+        ("DELETE FROM bodies WHERE kind = 'keyframe'", "lost its keyframe"),
+        ("UPDATE bodies SET body = zeroblob(length(body)) WHERE kind = 'keyframe'", "keyframe of frame 1 is damaged"),
+        ("UPDATE bodies SET body = zeroblob(length(body)) WHERE kind = 'frame' AND number = 3", "body of frame 3 is damaged"),
+        ("DELETE FROM bodies WHERE kind = 'frame' AND number = 3", "frame 3 has lost its body"),
+        ("DELETE FROM bodies WHERE kind = 'frame' AND number = 4", "what its frame 4 says"),
+        ("UPDATE frames SET digest = 'ab' || substr(digest, 3) WHERE number = 4", "what its frame 4 says"),
+    ],
+)
+def test_start_from_frames_that_are_damaged_fails_and_says_what_is(bench, statement, message):
+    with bench.opened(down="topk:0.1+int4") as coordinator:
+        for seed in range(3):
+            coordinator.decide([bench.arrival(bench.update(base=bench.frames()[-1], seed=seed))])
+            bench.publish(coordinator)
+    assert [row.number for row in bench.frames()] == [1, 2, 3, 4]
+    change_ledger(bench, statement)
+    with bench.coordinator() as coordinator, pytest.raises(DamagedError, match=message):
         coordinator.open(bench.initial)
 
 

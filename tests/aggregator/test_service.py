@@ -142,8 +142,13 @@ async def test_aggregator_killed_before_its_commit_merges_after_the_restart(ward
         return 1_000_000.0
 
     async with ward.party() as ann:
-        async with expecting_kill(), ward.running(clock=clock, pace={"tick_s": 60.0}) as running:
+        async with (
+            expecting_kill(),
+            ward.events() as onlooker,
+            ward.running(clock=clock, pace={"tick_s": 60.0}) as running,
+        ):
             base = (await ann.frame()).frame
+            await onlooker.next("frame.published")
             armed.set()
             await ann.send(base)
             await running.ended()
@@ -322,7 +327,157 @@ async def test_model_over_the_brokers_limit_is_broadcast_in_parts(ward):
     ward.broker.max_message_bytes = 2048
     async with ward.running(pace={"max_message_bytes": 2048}), ward.party() as ann:
         received = await ann.frame()
-    assert np.array_equal(received.model, ward.bench.initial)
+        assert np.array_equal(received.model, ward.bench.initial)
+        # Whole, by 512 values in 8 KiB.
+        await ann.send(received.frame, codec="topk:0.01+int4")
+        received = await ann.frame()
+    assert received.frame.base == 1
+    assert len(received.frame.payload) > 8000
+
+
+def broadcasts(ward, sent):
+    """A connection that notes what goes to the two logs: kind, number, base."""
+
+    async def before(what, argument):
+        if what in (ward.names.model, ward.names.keyframes):
+            headers = argument.headers
+            assert (what == ward.names.keyframes) == (headers["x-fl-kind"] == "keyframe")
+            sent.append((headers["x-fl-kind"], headers["x-fl-number"], headers.get("x-fl-base")))
+
+    return watched(ward, before)
+
+
+async def _lived(ward, *, updates, connect=None, **rules):
+    """An aggregator's session in which each of ann's updates is followed by a frame."""
+    async with ward.events("frame.published") as onlooker, ward.running(connect=connect, **rules), ward.party() as ann:
+        await onlooker.next("frame.published")
+        newest = ward.bench.frames()[-1].number
+        base = (await ann.frames_until(lambda frame: frame.number == newest))[-1]
+        for seed in range(updates):
+            await ann.send(base, seed=seed)
+            while base.version == (received := (await ann.frame()).frame).version:
+                pass
+            base = received
+    return base
+
+
+async def test_keyframe_goes_out_just_before_its_frame(ward):
+    sent = []
+    await _lived(ward, updates=4, connect=broadcasts(ward, sent), keyframe_every_frames=2, keyframe="int8", down="int4")
+    assert sent == [
+        ("keyframe", 1, None),
+        ("announcement", 1, None),
+        ("delta", 2, 1),
+        ("keyframe", 3, None),
+        ("delta", 3, 2),
+        ("delta", 4, 3),
+        ("keyframe", 5, None),
+        ("delta", 5, 4),
+    ]
+
+
+async def test_each_session_begins_with_a_keyframe_of_the_newest_frame_and_its_announcement(ward):
+    first, second, third = [], [], []
+    rules = {"down": "int4", "keyframe": "int8"}
+    await _lived(ward, updates=2, connect=broadcasts(ward, first), **rules)
+    await _lived(ward, updates=1, connect=broadcasts(ward, second), **rules)
+    await _lived(ward, updates=0, connect=broadcasts(ward, third), **rules)
+    assert first == [("keyframe", 1, None), ("announcement", 1, None), ("delta", 2, 1), ("delta", 3, 2)]
+    assert second == [("keyframe", 3, None), ("announcement", 3, None), ("delta", 4, 3)]
+    assert third == [("keyframe", 4, None), ("announcement", 4, None)]
+
+
+async def test_frames_that_wait_go_out_in_order_before_the_session_announces(ward):
+    async def before(what, argument):
+        if what == ward.names.model and argument.headers["x-fl-kind"] == "delta":
+            raise KilledError
+
+    sent = []
+    with pytest.RaisesGroup(KilledError, flatten_subgroups=True, allow_unwrapped=True):
+        await _lived(ward, updates=1, connect=watched(ward, before), down="int4")
+    async with ward.party() as ann:
+        await ann.frame()
+        async with ward.running(connect=broadcasts(ward, sent), down="int4"):
+            assert (await ann.frame()).frame.base == 1
+            assert (await ann.frame()).frame.base is None
+    assert sent == [("delta", 2, 1), ("keyframe", 2, None), ("announcement", 2, None)]
+
+
+async def test_keyframe_that_waited_with_its_frame_is_not_made_again(ward):
+    async def before(what, argument):
+        if what == ward.names.model:
+            raise KilledError
+
+    sent = []
+    async with expecting_kill(), ward.running(connect=watched(ward, before)) as running:
+        await running.ended()
+    await _lived(ward, updates=0, connect=broadcasts(ward, sent))
+    assert sent == [("keyframe", 1, None), ("announcement", 1, None)]
+
+
+async def test_newcomer_begins_where_both_logs_were_lost(ward):
+    rules = {"down": "topk:0.1+int4", "keyframe": "int8"}
+    base = await _lived(ward, updates=3, **rules)
+    for queue in (ward.names.model_log, ward.names.keyframe_log):
+        ward.broker.delete_queue(queue)
+    async with ward.running(**rules) as running, ward.events("frame.published") as onlooker:
+        await onlooker.next("frame.published")
+        async with ward.party("bob") as bob:
+            received = await bob.frame()
+            assert (received.frame.number, received.frame.digest) == (base.number, base.digest)
+            await bob.send(received.frame)
+            assert (await bob.receipt()).outcome == "merged"
+            assert (await bob.frame()).frame.base == base.number
+        assert running.coordinator.version == 4
+
+
+async def test_headers_say_what_a_message_holds(ward):
+    async with ward.broker.connect("operator") as transport, ward.running(down="topk:0.1+int8") as running, ward.party() as ann:
+        base = (await ann.frame()).frame
+        async with (
+            transport.follow(ward.names.model_log, start="first", name="console") as log,
+            transport.follow(ward.names.keyframe_log, start="first", name="console-2") as keyframes,
+            transport.consume(ward.names.inbox("bob"), prefetch=1, name="console-3") as inbox,
+            ward.broker.connect("bob", user="bob") as bob,
+        ):
+            update = ward.bench.update("bob", base=base, codec="int8")
+            await bob.publish(ward.bench.message(update))
+            announcement, delta, keyframe, receipt = (
+                await log.receive(),
+                await log.receive(),
+                await keyframes.receive(),
+                await inbox.receive(),
+            )
+        assert running.coordinator.version == 1
+    first, second = ward.bench.frames()
+    assert announcement.headers == {
+        "x-fl-kind": "announcement",
+        "x-fl-version": 0,
+        "x-fl-number": 1,
+        "x-fl-digest": first.digest,
+        "x-fl-over": False,
+        "x-fl-codec": "float32",
+        "x-fl-bytes": len(announcement.body),
+    }
+    assert delta.headers == {
+        "x-fl-kind": "delta",
+        "x-fl-version": 1,
+        "x-fl-number": 2,
+        "x-fl-base": 1,
+        "x-fl-digest": second.digest,
+        "x-fl-over": False,
+        "x-fl-codec": "topk:0.1+int8",
+        "x-fl-bytes": len(delta.body),
+    }
+    # It came in parts, which say its size for all of them.
+    assert keyframe.headers["x-fl-kind"] == "keyframe"
+    assert (keyframe.headers["x-fl-codec"], keyframe.headers["x-fl-bytes"]) == ("float32", first.keyframe_size)
+    assert receipt.headers == {
+        "x-fl-outcome": "merged",
+        "x-fl-version": 1,
+        "x-fl-codec": "int8",
+        "x-fl-bytes": len(wire.encode(update)),
+    }
 
 
 # Parts
@@ -661,7 +816,17 @@ async def test_everything_that_happens_is_told(ward):
             started = await onlooker.next("aggregator.started")
             assert started.facts == {"over": False}
             published = await onlooker.next("frame.published")
-            assert (published.version, published.facts["number"], published.facts["over"]) == (0, 1, False)
+            (row,) = ward.bench.frames()
+            assert published.version == 0
+            assert published.facts == {
+                "number": 1,
+                "kind": "announcement",
+                "bytes": row.size,
+                "codec": "float32",
+                "over": False,
+                "keyframe_bytes": row.keyframe_size,
+                "keyframe_codec": "float32",
+            }
             base = (await ann.frame()).frame
             update = await ann.send(base)
             decided = await onlooker.next("updates.decided")

@@ -7,6 +7,8 @@ from aggregator.recovery import manifest_of_ledger
 from aggregator.verification import verify
 from broker_fl.config import MergingSettings
 from broker_fl.errors import ConfigurationError, DamagedError
+from schemas import wire
+from schemas.frame import ModelFrame
 
 
 def _verify(bench):
@@ -25,8 +27,9 @@ def _change(bench, statement):
 
 @pytest.fixture
 def life(bench):
-    """Versions 1 to 6 with frames at even ones and snapshots at 0, 3 and 6; entry 5 is refused."""
-    with bench.opened(every_versions=2, snapshot_every_versions=3) as coordinator:
+    """Versions 1 to 6 with frames at even ones and snapshots at 0, 3 and 6; entry 5 is refused. Frame 3 has a keyframe."""
+    rules = {"every_versions": 2, "snapshot_every_versions": 3}
+    with bench.opened(**rules, down="topk:0.1+int8", keyframe="int8", keyframe_every_frames=2) as coordinator:
         base = bench.frames()[0]
         for seed in range(7):
             changes = {"base_digest": "0" * 64} if seed == 3 else {}
@@ -94,12 +97,59 @@ def test_ledger_that_is_not_there_is_named(bench):
         ("UPDATE frames SET digest = 'ab' || substr(digest, 3) WHERE number = 3", "frame 3"),
         ("UPDATE frames SET model_digest = 'ab' || substr(model_digest, 3) WHERE number = 3", "version 4"),
         ("UPDATE frames SET version = 5 WHERE number = 3", "version 5"),
+        ("UPDATE frames SET base = 1 WHERE number = 3", "body of frame 3 says something else than its row"),
+        ("UPDATE frames SET over = 1 WHERE number = 3", "body of frame 3 says something else than its row"),
+        ("UPDATE frames SET rounding = NULL WHERE number = 3", "body of frame 3 says something else than its row"),
+        ("UPDATE frames SET codec = 'int4' WHERE number = 1", "body of frame 1 says something else than its row"),
+        ("UPDATE frames SET size = size + 1 WHERE number = 3", "frame 3 should count"),
+        ("UPDATE frames SET log_bytes = log_bytes + 1 WHERE number = 3", "frame 3 should count"),
+        ("DELETE FROM frames WHERE number = 3", "frame 3 has lost its row"),
+        ("DELETE FROM bodies WHERE kind = 'frame' AND number = 1", "frame 1 has lost its body"),
+        ("DELETE FROM bodies WHERE kind = 'frame' AND number = 3", "frame 3 has lost its body"),
+        ("DELETE FROM bodies WHERE kind = 'frame' AND number = 4", "frame 4 has lost its body"),
+        ("UPDATE bodies SET body = zeroblob(length(body)) WHERE kind = 'frame' AND number = 1", "body of frame 1 is damaged"),
+        ("UPDATE bodies SET body = zeroblob(length(body)) WHERE kind = 'frame' AND number = 3", "body of frame 3 is damaged"),
+        ("UPDATE bodies SET body = zeroblob(length(body)) WHERE kind = 'keyframe'", "keyframe of frame 3 is damaged"),
         ("UPDATE snapshots SET sha256 = 'ab' || substr(sha256, 3) WHERE version = 3", r"model-v00000003-s00000004\.safetensors"),
         ("UPDATE snapshots SET seq = 3 WHERE version = 3", r"snapshot model-v00000003-s00000004\.safetensors"),
     ],
 )
 def test_ledger_that_was_changed_is_found_out(life, statement, message):
     _change(life, statement)
+    with pytest.raises(DamagedError, match=message):
+        _verify(life)
+
+
+@pytest.mark.parametrize(
+    ("kind", "number", "changes", "message"),
+    [
+        ("frame", 4, {"payload": None}, "frame 4 decodes to another model"),
+        ("frame", 3, {"number": 4}, "body of frame 3 is damaged: it says that it changes frame 2 to 4"),
+        ("frame", 3, {"base": 1}, "body of frame 3 is damaged: it says that it changes frame 1 to 3"),
+        ("frame", 2, {"payload": b""}, "frame 2 decodes to another model"),
+        ("frame", 4, {"rounding": "int8"}, "frame 4 decodes to another model"),
+        ("frame", 3, {"codec": "topk:0.1+int4"}, "body of frame 3 is damaged"),
+        ("frame", 3, {"digest": "0" * 64}, "body of frame 3 says something else than its row"),
+        ("frame", 1, {"over": True}, "body of frame 1 says something else than its row"),
+        ("frame", 4, {"log_bytes": 7}, "body of frame 4 says something else than its row"),
+        ("keyframe", 3, {"payload": None}, "keyframe of frame 3 decodes to another model"),
+    ],
+)
+def test_body_that_can_be_read_and_is_not_what_was_sent_is_named(life, kind, number, changes, message):
+    connection = sqlite3.connect(life.ledger_file)
+    try:
+        where = "kind = ? AND number = ?"
+        (body,) = connection.execute(f"SELECT body FROM bodies WHERE {where}", (kind, number)).fetchone()
+        frame = wire.decode(ModelFrame, body)
+        # One value is another one: everything can still be decoded.
+        changes = {
+            name: frame.payload[:-1] + bytes([frame.payload[-1] ^ 1]) if new is None else new for name, new in changes.items()
+        }
+        body = wire.encode(frame.model_copy(update=changes))
+        connection.execute(f"UPDATE bodies SET body = ? WHERE {where}", (body, kind, number))
+        connection.commit()
+    finally:
+        connection.close()
     with pytest.raises(DamagedError, match=message):
         _verify(life)
 

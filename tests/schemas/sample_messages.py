@@ -3,7 +3,7 @@
 from hypothesis import strategies as st
 
 from schemas.event import Event, UpdateFacts
-from schemas.frame import ModelFrame, TrainingPlan
+from schemas.frame import KeyframePlace, ModelFrame, Plan, TrainingPlan
 from schemas.manifest import Manifest, TensorSpec
 from schemas.receipt import Receipt
 from schemas.update import ModelUpdate
@@ -32,15 +32,36 @@ SAMPLES: dict[str, Message] = {
         federation="hospitals",
         ledger="fedcba9876543210" * 2,
         number=3,
+        base=2,
         version=41,
         digest="cd" * 32,
-        manifest=TWO_TENSORS,
-        codec="float32",
-        training=TrainingPlan(steps=50, optimizer="adamw"),
-        update_codec="int8",
-        fraction=0.5,
-        repeat=False,
+        codec="topk:0.05+int8",
+        rounding="bfloat16",
+        keyframe=KeyframePlace(number=1, bytes=32, log_bytes=0),
+        log_bytes=57,
         over=True,
+        plan=Plan(
+            training=TrainingPlan(steps=50, optimizer="adamw"),
+            update_codec="int8",
+            momentum_correction=0.9,
+            fraction=0.5,
+            repeat=False,
+        ),
+        payload=b"\x07",
+    ),
+    "announcement": ModelFrame(
+        federation="hospitals",
+        ledger="fedcba9876543210" * 2,
+        number=1,
+        base=None,
+        version=0,
+        digest="cd" * 32,
+        codec="float32",
+        keyframe=KeyframePlace(number=1, bytes=32, log_bytes=0),
+        log_bytes=0,
+        over=False,
+        manifest=TWO_TENSORS,
+        plan=Plan(training=TrainingPlan(), update_codec="topk:0.01+int4", fraction=1.0, repeat=True),
         payload=b"",
     ),
     "receipt": Receipt(
@@ -51,6 +72,8 @@ SAMPLES: dict[str, Message] = {
         version=80,
         staleness=39,
         weight=0.0,
+        codec="topk:0.01+int4",
+        bytes=980,
         reason="too_stale",
         detail="39 versions late, the bound is 32",
     ),
@@ -66,7 +89,8 @@ SAMPLES: dict[str, Message] = {
         ),
     ),
     "manifest": TWO_TENSORS,
-    "plan": TrainingPlan(),
+    "plan": Plan(training=TrainingPlan(), update_codec="int8", fraction=0.5, repeat=True),
+    "training": TrainingPlan(),
 }
 
 COUNTERS = st.integers(0, 2**53 - 1)
@@ -89,17 +113,41 @@ def manifests(draw: st.DrawFn) -> Manifest:
     return Manifest(tensors=tuple(specs))
 
 
-PLANS = st.builds(
+TRAINING_PLANS = st.builds(
     TrainingPlan,
     epochs=st.integers(1, 10_000),
     steps=st.none() | st.integers(1, 10_000_000),
     batch_size=st.integers(1, 1_000_000),
     optimizer=st.sampled_from(["sgd", "adam", "adamw"]),
     learning_rate=st.floats(0, 100, exclude_min=True),
+    decay_versions=st.none() | st.integers(1, 2**53 - 1),
+    decay_to=st.floats(0, 1, exclude_min=True),
     momentum=st.floats(0, 1, exclude_max=True),
     weight_decay=st.floats(0, 10),
     proximal=st.floats(0, 1000),
 )
+
+PLANS = st.builds(
+    Plan,
+    training=TRAINING_PLANS,
+    update_codec=TEXTS,
+    momentum_correction=st.floats(0, 1, exclude_max=True),
+    fraction=st.floats(0, 1, exclude_min=True),
+    repeat=st.booleans(),
+)
+
+FRAME_FIELDS: dict[str, st.SearchStrategy[object]] = {
+    "federation": NAMES,
+    "ledger": HEX32,
+    "version": COUNTERS,
+    "digest": HEX64,
+    "codec": TEXTS,
+    "rounding": st.none() | TEXTS,
+    "keyframe": st.builds(KeyframePlace, number=st.integers(1, 2**53 - 1), bytes=COUNTERS, log_bytes=COUNTERS),
+    "log_bytes": COUNTERS,
+    "over": st.booleans(),
+    "payload": st.binary(max_size=200),
+}
 
 MESSAGES: dict[str, st.SearchStrategy[Message]] = {
     "update": st.builds(
@@ -119,19 +167,14 @@ MESSAGES: dict[str, st.SearchStrategy[Message]] = {
     ),
     "frame": st.builds(
         ModelFrame,
-        federation=NAMES,
-        ledger=HEX32,
-        number=st.integers(1, 2**53 - 1),
-        version=COUNTERS,
-        digest=HEX64,
-        manifest=manifests(),
-        codec=TEXTS,
-        training=PLANS,
-        update_codec=TEXTS,
-        fraction=st.floats(0, 1, exclude_min=True),
-        repeat=st.booleans(),
-        over=st.booleans(),
-        payload=st.binary(max_size=200),
+        **FRAME_FIELDS,
+        number=st.integers(2**40, 2**53 - 1),
+        base=st.integers(1, 2**40 - 1),
+        manifest=st.none() | manifests(),
+        plan=st.none() | PLANS,
+    ),
+    "announcement": st.builds(
+        ModelFrame, **FRAME_FIELDS, number=st.integers(1, 2**53 - 1), base=st.none(), manifest=manifests(), plan=PLANS
     ),
     "receipt": st.builds(
         Receipt,
@@ -142,6 +185,8 @@ MESSAGES: dict[str, st.SearchStrategy[Message]] = {
         version=COUNTERS,
         staleness=COUNTERS,
         weight=FINITE,
+        codec=TEXTS,
+        bytes=COUNTERS,
         reason=st.none() | st.sampled_from(["malformed", "identity", "parts"]),
         detail=TEXTS,
     ),
@@ -168,4 +213,5 @@ MESSAGES: dict[str, st.SearchStrategy[Message]] = {
     ),
     "manifest": manifests(),
     "plan": PLANS,
+    "training": TRAINING_PLANS,
 }

@@ -30,3 +30,13 @@ def test_a_detail_is_short():
     assert len(_decoded(detail="x" * 1000).detail) == 1000
     with pytest.raises(DecodeError, match="detail"):
         _decoded(detail="x" * 1001)
+
+
+def test_a_receipt_of_an_older_aggregator_says_nothing_of_codec_and_bytes():
+    fields = msgpack.unpackb(wire.encode(SAMPLES["receipt"]))
+    del fields["codec"], fields["bytes"]
+    receipt = wire.decode(Receipt, msgpack.packb(fields))
+    assert (receipt.codec, receipt.bytes) == ("", 0)
+    for wrong in ({"codec": "x" * 65}, {"bytes": -1}, {"bytes": 1.5}):
+        with pytest.raises(DecodeError, match=next(iter(wrong))):
+            _decoded(**wrong)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from broadcasting import Broadcaster, publish
 
 from aggregator.admission import Limits
 from aggregator.broadcast import BroadcastPlan
@@ -17,18 +18,18 @@ from aggregator.ledger import open_ledger
 from aggregator.merging.strategies import build_strategy
 from aggregator.service import Aggregator, Pace
 from aggregator.snapshots import Snapshots
-from broker_fl.codecs.codec import encode, parse_codec
 from broker_fl.config import MergingSettings
 from broker_fl.database import sqlite_url
-from broker_fl.parameters import digest, manifest_of
+from broker_fl.parameters import manifest_of
 from broker_fl.topology import Names, party, party_permissions, policies, shared
 from broker_fl.transports.memory import MemoryBroker
 from broker_fl.transports.parts import Assembler
 from broker_fl.transports.transport import Message
 from schemas import wire
-from schemas.frame import ModelFrame, TrainingPlan
+from schemas.frame import Plan, TrainingPlan
 from schemas.receipt import Receipt
 from schemas.update import ModelUpdate
+from workers.encoding import Budget
 from workers.outbox import open_outbox
 from workers.service import Identity, Link, Worker
 from workers.trainer import TrainResult
@@ -73,7 +74,7 @@ class Centre:
         self.transport = transport
         self._updates = updates
         self._assembler = Assembler()
-        self._number = 0
+        self.frames = None
 
     async def broadcast(
         self,
@@ -83,31 +84,28 @@ class Centre:
         model=None,
         ledger="a" * 32,
         up="float32",
+        momentum=0.0,
         fraction=1.0,
         repeat=False,
         over=False,
         manifest=MANIFEST,
-        **damage,
+        down="float32",
+        with_keyframe=False,
     ):
-        self._number = number or self._number + 1
+        """The first frame as a keyframe and its announcement; then changes. A number that was there already: that frame again.
+
+        By default every parameter is the version's number.
+        """
+        plan = Plan(training=PLAN, update_codec=up, momentum_correction=momentum, fraction=fraction, repeat=repeat)
         vector = np.full(manifest.size, version, np.float32) if model is None else model
-        frame = ModelFrame(
-            federation=FEDERATION,
-            ledger=ledger,
-            number=self._number,
-            version=version,
-            digest=digest(vector),
-            manifest=manifest,
-            codec="float32",
-            training=PLAN,
-            update_codec=up,
-            fraction=fraction,
-            repeat=repeat,
-            over=over,
-            payload=encode(vector, parse_codec("float32"), manifest=manifest, generator=np.random.default_rng(0)),
-        )
-        await self.transport.publish(Message(NAMES.model, wire.encode(frame.model_copy(update=damage))))
-        return frame
+        if self.frames is None or self.frames.ledger != ledger:
+            self.frames = Broadcaster(FEDERATION, manifest, ledger=ledger, down=down, plan=plan, number=(number or 1) - 1)
+            self.last = self.frames.first(vector, version=version, over=over)
+        elif number is None or number > self.frames.number:
+            changed = None if plan == self.frames.plan else plan
+            self.last = self.frames.next(vector, version=version, over=over, plan=changed, with_keyframe=with_keyframe)
+        frame = await publish(self.transport, self.last)
+        return frame.model_copy(update={"manifest": manifest})
 
     async def delivery(self):
         """The next message as it came."""
@@ -126,6 +124,7 @@ class Centre:
             outcome=outcome,
             version=update.base_version + 1,
             staleness=0,
+            codec=update.codec,
             weight=0.0 if outcome == "refused" else 0.25,
             reason=reason or ("base" if outcome == "refused" else None),
         )
@@ -167,15 +166,29 @@ class Home:
         return open_outbox(self.folder, party=self.party, federation=FEDERATION)
 
     @asynccontextmanager
-    async def running(self, train, *, connect=None, clock=time.time, manifest=MANIFEST, grace_s=0.0, link=None, throttle=1.0):
+    async def running(
+        self,
+        train,
+        *,
+        connect=None,
+        clock=time.time,
+        manifest=MANIFEST,
+        initial=None,
+        grace_s=0.0,
+        link=None,
+        budget=None,
+        throttle=1.0,
+    ):
         """The worker at work; at the end it is stopped, unless it ended by itself. What it fails with is raised at the end."""
+        own = np.full(manifest.size, -1, np.float32) if initial is None else initial
         with self.outbox() as outbox:
             worker = Worker(
                 connect or self.connect,
                 outbox,
                 train,
-                identity=Identity(FEDERATION, self.party, manifest),
+                identity=Identity(FEDERATION, self.party, manifest, own),
                 link=Link(**{"part_bytes": 1024, "max_message_bytes": 1 << 20, "inbox_grace_s": grace_s, **(link or {})}),
+                budget=budget or Budget(),
                 throttle=throttle,
                 clock=clock,
             )
@@ -239,14 +252,19 @@ def aggregator(tmp_path, broker):
     pace = Pace(prefetch=8, group_updates=8, group_s=0.001, part_bytes=1024, max_message_bytes=1 << 20, tick_s=0.01)
 
     @asynccontextmanager
-    async def running(*, versions=None, up="float32"):
+    async def running(*, versions=None, up="float32", down="float32", keyframe="float32", keyframe_every_frames=100):
         with open_ledger(sqlite_url(tmp_path / "ledger.db")) as ledger:
             plan = BroadcastPlan(
                 federation=FEDERATION,
                 ledger_id=ledger.facts()["ledger_id"],
                 manifest=MANIFEST,
-                codec="float32",
-                update_codec=up,
+                down=down,
+                keyframe=keyframe,
+                keyframe_every_frames=keyframe_every_frames,
+                up=up,
+                warm_up_versions=0,
+                warm_up_density=0.25,
+                momentum_correction=0.0,
                 training=PLAN,
                 fraction=1.0,
                 repeat=build_strategy(merging).may_repeat,

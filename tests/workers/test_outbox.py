@@ -92,6 +92,15 @@ def test_residual_of_another_model_is_not_used_and_goes_with_the_next(open_here)
         assert outbox.residual("n" * 64) is not None
 
 
+def test_velocity_is_kept_like_the_residual_and_goes_where_none_is_wanted(open_here):
+    with open_here() as outbox:
+        for vector in (np.arange(3, dtype=np.float32), None):
+            with outbox.transaction():
+                outbox.set_velocity("m" * 64, vector)
+            assert np.array_equal(outbox.velocity("m" * 64), vector) if vector is not None else True
+        assert outbox.velocity("m" * 64) is None
+
+
 def test_counters_add_up(open_here, tmp_path):
     with open_here() as outbox:
         for _ in range(3):
@@ -138,6 +147,9 @@ READS = {
     "counters": lambda outbox: outbox.counters(),
     "next_sequence": lambda outbox: outbox.next_sequence(),
     "residual": lambda outbox: outbox.residual("m"),
+    "velocity": lambda outbox: outbox.velocity("m"),
+    "held_model": lambda outbox: outbox.held_model(),
+    "held_frames": lambda outbox: outbox.held_frames(),
     "to_send": lambda outbox: outbox.to_send(sent_before=1.0),
     "unsettled": lambda outbox: outbox.unsettled("0" * 32),
     "unsettled_count": lambda outbox: outbox.unsettled_count(),

@@ -1,16 +1,18 @@
 import asyncio
 import sqlite3
 import threading
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 
 import numpy as np
 import pytest
+from broadcasting import Broadcaster
 from structlog.testing import capture_logs
 
 from broker_fl.codecs.codec import decode, parse_codec
 from broker_fl.errors import (
     AuthenticationError,
     BrokerUnavailableError,
+    ConfigurationError,
     ManifestMismatchError,
     NotFoundError,
     QueueInUseError,
@@ -19,14 +21,18 @@ from broker_fl.errors import (
 )
 from broker_fl.parameters import manifest_of
 from broker_fl.topology import Names
-from broker_fl.transports.model_log import open_frame
+from broker_fl.transports.following import Follower
+from broker_fl.transports.model_log import read_newest
+from broker_fl.transports.transport import Message
 from schemas import wire
 from schemas.update import ModelUpdate
+from workers.encoding import Budget
 from workers.outbox import outbox_file, read_counters
 from workers.participation import is_selected
 from workers.service import seed_of
 
 NAMES = Names("ward")
+MANIFEST = manifest_of({"hidden.weight": np.zeros((40, 50), np.float32), "hidden.bias": np.zeros(8, np.float32)})
 SPARSE = "topk:0.05+int4"
 
 
@@ -76,6 +82,12 @@ def counters(home):
     return read_counters(home.folder, home.party)
 
 
+def received(home):
+    """Frames of the model log."""
+    known = counters(home)
+    return known.get("frames_received", 0) - known.get("keyframes_received", 0)
+
+
 def residual(home, manifest):
     with home.outbox() as outbox:
         return outbox.residual(manifest.digest)
@@ -105,7 +117,7 @@ async def test_frame_is_trained_from_and_the_update_says_all_about_it(home, cent
         "x-fl-bytes": len(delivery.body),
     }
     assert np.array_equal(train.bases[0], np.full(frame.manifest.size, 4, np.float32))
-    assert train.plans == [frame.training]
+    assert train.plans == [frame.plan.training]
     assert train.seeds == [seed_of("ann", 1)]
 
 
@@ -120,7 +132,7 @@ async def test_party_trains_once_from_each_version(home, centre, new_trainer):
         # A frame that is broadcast again, by its number or by its version, is no reason to train again.
         await hub.broadcast(2, number=2)
         await hub.broadcast(2, number=3)
-        await until(lambda: counters(home).get("frames_received") == 4)
+        await until(lambda: received(home) == 4)
         await hub.broadcast(3, number=4)
         assert (await hub.update()).base_version == 3
         assert not hub.has_more_updates()
@@ -136,7 +148,7 @@ async def test_restarted_worker_does_not_train_from_the_same_version_again(home,
             await hub.broadcast(1)
             await hub.answer(await hub.update())
         async with home.running(train):
-            await until(lambda: counters(home)["frames_received"] == 2)
+            await until(lambda: received(home) == 2)
             await until(lambda: counters(home).get("updates_merged") == 1)
             await hub.broadcast(2)
             assert (await hub.update()).sequence == 2
@@ -151,7 +163,7 @@ async def test_training_goes_on_with_the_newest_frame_when_it_is_done(home, cent
         assert await asyncio.to_thread(train.began.wait, 10)
         for version in range(2, 7):
             await hub.broadcast(version)
-        await until(lambda: counters(home).get("frames_received") == 6)
+        await until(lambda: received(home) == 6)
         train.goes_on.set()
         assert (await hub.update()).base_version == 1
         assert (await hub.update()).base_version in range(2, 7)
@@ -188,7 +200,7 @@ async def test_party_that_may_repeat_trains_again_only_when_its_update_is_settle
             assert (update.base_version, update.sequence) == (1, number)
             # A frame that comes meanwhile is looked at, and still nothing is trained.
             await hub.broadcast(1, repeat=True)
-            await until(lambda: counters(home).get("frames_received") == number + 1)  # noqa: B023
+            await until(lambda: received(home) == number + 1)  # noqa: B023
             assert len(train.bases) == number
             await hub.answer(update, "buffered")
         await hub.update()
@@ -206,7 +218,7 @@ async def test_party_that_is_not_selected_waits_for_a_frame_that_selects_it(home
     async with centre() as hub, home.running(train):
         for version in range(1, chosen[2] + 1):
             await hub.broadcast(version, number=version, fraction=0.2)
-            await until(lambda: counters(home).get("frames_received") == version)  # noqa: B023
+            await until(lambda: received(home) == version)  # noqa: B023
             if version in chosen:
                 update = await hub.update()
                 assert update.base_version == version
@@ -245,7 +257,9 @@ async def test_update_residual_and_counters_are_stored_before_anything_is_sent(h
                 frame = await hub.broadcast(1, up=SPARSE)
                 await running.ended()
         assert not hub.has_more_updates()
-        assert counters(home) == {"frames_received": 1, "bytes_down": counters(home)["bytes_down"], "trainings": 1, "steps": 4}
+        assert received(home) == 1
+        assert {name: counters(home)[name] for name in ("trainings", "steps")} == {"trainings": 1, "steps": 4}
+        assert "updates_sent" not in counters(home)
         assert np.count_nonzero(residual(home, frame.manifest)) == 1900
         # Killed after storing and before sending: the next start sends it, and does not train from that version again.
         train = new_trainer()
@@ -493,16 +507,19 @@ async def test_receipt_that_came_while_the_worker_was_away_is_read_at_the_next_s
 # Frames that must not be trained from
 
 
-async def test_frame_that_decodes_to_another_model_than_it_says_is_left_out(home, centre, new_trainer):
+async def test_what_is_no_frame_of_the_federation_is_left_out(home, centre, new_trainer):
     train = new_trainer()
     async with centre() as hub, home.running(train):
+        await hub.broadcast(1)
+        await hub.update()
         with capture_logs() as logs:
-            for number, damage in enumerate(({"digest": "0" * 64}, {"federation": "clinic"}, {"payload": b"short"}), start=1):
-                await hub.broadcast(number, **damage)
+            foreign = Broadcaster("clinic", MANIFEST).first(np.zeros(MANIFEST.size))[1]
+            for number, body in enumerate((b"no frame", wire.encode(foreign)), start=1):
+                await hub.transport.publish(Message(NAMES.model, body, headers={"x-fl-number": 2}))
                 await until(lambda: sum(line["event"] == "broadcast left out" for line in logs) == number)  # noqa: B023
-        await hub.broadcast(4)
-        assert (await hub.update()).base_version == 4
-    assert len(train.bases) == 1
+        await hub.broadcast(2)
+        assert (await hub.update()).base_version == 2
+    assert len(train.bases) == 2
 
 
 async def test_another_model_than_the_tasks_ends_the_worker_with_the_difference(home, centre, new_trainer):
@@ -512,6 +529,200 @@ async def test_another_model_than_the_tasks_ends_the_worker_with_the_difference(
             async with home.running(new_trainer()) as running:
                 await hub.broadcast(1, manifest=other)
                 await running.ended()
+
+
+# What it holds, over its restarts
+
+
+def models():
+    generator = np.random.default_rng(11)
+    while True:
+        yield generator.standard_normal(MANIFEST.size).astype(np.float32)
+
+
+def read_since(home, before):
+    now = counters(home)
+    return {name: now.get(name, 0) - before.get(name, 0) for name in ("bytes_down", "keyframes_received", "deltas_received")}
+
+
+async def lived(home, hub, train):
+    """Until the newest version was trained from, and the update answered; then the worker is stopped."""
+    async with home.running(train):
+        await hub.answer(await newest_update(hub))
+
+
+async def newest_update(hub):
+    """From the version that was broadcast last; what was sent before, or comes again, is passed over."""
+    while (update := await hub.update()).base_version != hub.frames.version:
+        pass
+    return update
+
+
+async def test_worker_that_was_away_for_ten_frames_reads_only_the_changes(home, centre, new_trainer):
+    train, model = new_trainer(), models()
+    async with centre() as hub:
+        await hub.broadcast(1, model=next(model), down="topk:0.05+int8")
+        for version in range(2, 12):
+            await hub.broadcast(version, model=next(model))
+        await lived(home, hub, train)
+        before, log_bytes = counters(home), hub.frames.log_bytes
+        for version in range(12, 22):
+            await hub.broadcast(version, model=next(model))
+        await lived(home, hub, train)
+        read = read_since(home, before)
+        assert read["keyframes_received"] == 0
+        # Some frames before the wanted ones are read as well, since offsets have gaps.
+        assert 10 <= read["deltas_received"] <= 16
+        assert read["bytes_down"] < 1.7 * (hub.frames.log_bytes - log_bytes)
+        assert train.bases[-1].tobytes() == hub.frames.model.tobytes()
+
+
+async def test_worker_that_was_away_for_long_takes_the_keyframe_where_that_costs_less(home, centre, new_trainer):
+    train, model = new_trainer(), models()
+    async with centre() as hub:
+        await hub.broadcast(1, model=next(model), down="topk:0.05+int8")
+        await lived(home, hub, train)
+        before = counters(home)
+        for version in range(2, 60):
+            await hub.broadcast(version, model=next(model), with_keyframe=version == 58)
+        await lived(home, hub, train)
+        read = read_since(home, before)
+        assert read["keyframes_received"] == 1
+        assert read["bytes_down"] < hub.frames.log_bytes
+        assert train.bases[-1].tobytes() == hub.frames.model.tobytes()
+
+
+async def test_killed_worker_goes_on_from_what_was_kept(home, centre, new_trainer):
+    train, model = new_trainer(), models()
+    async with centre() as hub:
+        await hub.broadcast(1, model=next(model), down="topk:0.05+int8")
+        for life in range(4):
+            async with home.running(train) as running:
+                await newest_update(hub)
+                for _ in range(3):
+                    await hub.broadcast(hub.frames.version + 1, model=next(model))
+                await newest_update(hub)
+                if life % 2:
+                    await asyncio.sleep(0.2)
+                await running.kill()
+            await hub.broadcast(hub.frames.version + 1, model=next(model))
+        await lived(home, hub, train)
+    assert counters(home)["keyframes_received"] <= 2
+    assert train.bases[-1].tobytes() == hub.frames.model.tobytes()
+
+
+async def test_worker_whose_disk_is_damaged_takes_the_keyframe(home, centre, new_trainer):
+    train, model = new_trainer(), models()
+    async with centre() as hub:
+        await hub.broadcast(1, model=next(model))
+        await lived(home, hub, train)
+        connection = sqlite3.connect(outbox_file(home.folder, home.party))
+        connection.execute("UPDATE held_model SET vector = zeroblob(8032)")
+        connection.commit()
+        connection.close()
+        before = counters(home)
+        await hub.broadcast(2, model=next(model))
+        with capture_logs() as logs:
+            await lived(home, hub, train)
+        assert read_since(home, before)["keyframes_received"] == 1
+        assert any("on the disk is damaged" in line["event"] for line in logs)
+        assert train.bases[-1].tobytes() == hub.frames.model.tobytes()
+
+
+async def test_model_on_the_disk_is_not_trained_from_before_the_broker_says_what_is_newest(home, centre, new_trainer, broker):
+    train = new_trainer()
+    async with centre() as hub:
+        await hub.broadcast(1)
+        await lived(home, hub, train)
+        connection = sqlite3.connect(outbox_file(home.folder, home.party))
+        connection.execute("DELETE FROM facts WHERE key = 'trained_from'")
+        connection.commit()
+        connection.close()
+        await hub.broadcast(2)
+        broker.stop()
+        async with home.running(train):
+            await asyncio.sleep(0.1)
+            assert len(train.bases) == 1
+            broker.start()
+            await until(lambda: len(train.bases) == 2)
+    assert np.array_equal(train.bases[1], np.full(MANIFEST.size, 2, np.float32))
+
+
+async def test_federation_that_begins_with_the_own_seeds_model_needs_no_keyframe(home, centre, new_trainer):
+    train = new_trainer()
+    async with centre() as hub, home.running(train, initial=np.full(MANIFEST.size, 7, np.float32)):
+        for version in (7, 8):
+            await hub.broadcast(version)
+            await hub.update()
+    assert "keyframes_received" not in counters(home)
+
+
+# What an update may cost
+
+
+async def test_update_stays_within_the_budget_and_names_its_codec(home, centre, new_trainer):
+    delta = next(models())
+    async with centre() as hub, home.running(new_trainer(delta), budget=Budget(bytes=490)):
+        frame = await hub.broadcast(1, up=SPARSE)
+        delivery = await hub.delivery()
+        update = wire.decode(ModelUpdate, delivery.body)
+        assert len(delivery.body) <= 490
+        codec = parse_codec(update.codec)
+        assert (codec.with_density(0.05), codec.density < 0.05) == (parse_codec(SPARSE), True)
+        assert delivery.headers["x-fl-codec"] == update.codec
+    assert np.allclose(content(update, frame.manifest) + residual(home, frame.manifest), delta, atol=1e-5)
+
+
+async def test_seconds_budget_counts_once_the_line_is_measured(home, centre, new_trainer):
+    async def slowly(_message):
+        await asyncio.sleep(0.05)
+
+    delta = next(models())
+    async with centre() as hub:
+        train = new_trainer(delta)
+        async with home.running(train, connect=watched(home, slowly), budget=Budget(seconds=0.04)):
+            await hub.broadcast(1, up=SPARSE)
+            first = await hub.delivery()
+            await until(lambda: counters(home).get("updates_sent") == 1)
+            await hub.broadcast(2, up=SPARSE)
+            second = await hub.delivery()
+    assert wire.decode(ModelUpdate, first.body).codec == SPARSE
+    assert len(second.body) < 0.9 * len(first.body)
+    with home.outbox() as outbox:
+        assert 0 < float(outbox.fact("uplink_bytes_per_s")) < len(first.body) / 0.05
+
+
+async def test_budget_that_no_update_stays_within_ends_the_worker(home, centre, new_trainer):
+    async with centre() as hub:
+        with raises(ConfigurationError):
+            async with home.running(new_trainer(), budget=Budget(bytes=400)) as running:
+                await hub.broadcast(1, up=SPARSE)
+                await running.ended()
+    assert "trainings" not in counters(home)
+
+
+async def test_momentum_survives_a_restart_and_goes_where_the_federation_wants_none(home, centre, new_trainer):
+    delta = next(models())
+
+    def velocity():
+        with home.outbox() as outbox:
+            return outbox.velocity(MANIFEST.digest)
+
+    waited = np.ones(MANIFEST.size, np.bool_)
+    async with centre() as hub:
+        for version in (1, 2):
+            async with home.running(new_trainer(delta)):
+                await hub.broadcast(version, up=SPARSE, momentum=0.5)
+                update = await hub.update()
+                await until(lambda: counters(home).get("updates_sent") == version)  # noqa: B023
+            sent = content(update, MANIFEST) != 0
+            waited &= ~sent
+            assert not velocity()[sent].any()
+        assert np.allclose(velocity()[waited], 1.5 * delta[waited])
+        async with home.running(new_trainer(delta)):
+            await hub.broadcast(3, up=SPARSE)
+            await hub.update()
+        assert velocity() is None
 
 
 # The end
@@ -679,6 +890,27 @@ async def test_large_update_travels_in_parts_and_is_merged(home, broker, new_tra
         assert coordinator.counts["duplicate"] == coordinator.counts["refused"] == 0
 
 
+async def test_worker_holds_what_the_aggregator_broadcast_over_restarts_of_both(home, new_trainer, aggregator, broker):
+    """An update from another base than the aggregator's is refused: that none is shows that the bits are the same."""
+    deltas = models()
+    train = new_trainer(lambda _: next(deltas))
+    down = {"down": "topk:0.05+int8", "keyframe": "bfloat16", "keyframe_every_frames": 4}
+    with capture_logs() as logs:
+        for life in range(3):
+            async with aggregator(up=SPARSE, **down) as (coordinator, _), home.running(train) as running:
+                wanted = 7 * (life + 1)
+                await until(lambda: counters(home).get("updates_merged", 0) >= wanted)  # noqa: B023
+                running.worker.stop()
+                await running.ended()
+                await until(lambda: coordinator.unpublished() is None)
+            assert coordinator.counts["refused"] == 0
+        received = await newest_model(broker)
+    assert received.version == coordinator.version
+    assert not [line for line in logs if line["log_level"] == "error"]
+    # One at most for a whole life: the model on the disk leads on.
+    assert counters(home).get("keyframes_received", 0) <= 3
+
+
 async def test_all_that_a_party_learnt_is_in_the_model_or_in_its_residual(
     home, new_home, tmp_path, new_trainer, aggregator, broker
 ):
@@ -711,21 +943,24 @@ async def test_all_that_a_party_learnt_is_in_the_model_or_in_its_residual(
             train.goes_on.clear()
             async with one.running(train):
                 await until(lambda: _unsettled(one) == 0)  # noqa: B023
-        with_model = coordinator
-        async with broker.connect("onlooker") as transport:
-            await until(lambda: coordinator.unpublished() is None)
-            async with transport.follow(NAMES.model_log, start="first", name="onlooker") as log:
-                body = b""
-                while (delivery := log.receive_nowait()) is not None:
-                    body = delivery.body
-        manifest = with_model._plan.manifest
-        received = open_frame(body, federation="ward", manifest=manifest)
-        assert received.frame.version == coordinator.version
+        await until(lambda: coordinator.unpublished() is None)
+        received = await newest_model(broker)
+        assert received.version == coordinator.version
     assert killed.is_set()
     learnt = sum(counters(one)["trainings"] for one in homes)
-    kept = sum(residual(one, manifest).astype(np.float64) for one in homes)
+    kept = sum(residual(one, MANIFEST).astype(np.float64) for one in homes)
     assert learnt >= 12
     assert np.allclose(received.model + kept, learnt, atol=1e-3)
+
+
+async def newest_model(broker):
+    follower = Follower(federation="ward", manifest=MANIFEST, initial=np.zeros(MANIFEST.size, np.float32), name="onlooker")
+    pending = follower.new_pending()
+    async with broker.connect("onlooker") as transport:
+        reading = read_newest(transport, NAMES.model_log, name="onlooker", traffic=follower.traffic)
+        async with aclosing(reading) as broadcasts:
+            pending.put(await anext(broadcasts))
+            return (await follower.next(transport, pending)).received
 
 
 def _unsettled(one):

@@ -5,11 +5,24 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from broker_fl.codecs.quantize import BLOCK, FOR_SMALL_TENSORS, QUANTIZERS
+from broker_fl.codecs.quantize import BFLOAT16, BLOCK, FLOAT16, FLOAT32, SIGN, STC, qsgd, uniform
+from broker_fl.codecs.reader import Reader
 from broker_fl.errors import DecodeError
 
+QUANTIZERS = {
+    "float32": FLOAT32,
+    "float16": FLOAT16,
+    "bfloat16": BFLOAT16,
+    "int8": uniform(127),
+    "int4": uniform(7),
+    "ternary": uniform(1),
+    "qsgd": qsgd(16),
+    "sign": SIGN,
+    "stc": STC,
+}
 NAMES = sorted(QUANTIZERS)
-INTEGERS = {"int8": 127, "int4": 7}
+INTEGERS = {"int8": 127, "int4": 7, "ternary": 1}
+FLOATS = {"float32": 0, "float16": 2**-11, "bfloat16": 2**-8}
 LARGEST = np.finfo(np.float32).max
 TINY = np.finfo(np.float32).tiny
 PROPERTY = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
@@ -29,11 +42,17 @@ def _generator(seed: int = 3) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
-def _there_and_back(name: str, values: np.ndarray, seed: int = 3) -> np.ndarray:
-    quantizer = QUANTIZERS[name]
-    encoded = quantizer.encode(values, _generator(seed))
-    assert len(encoded) == quantizer.length(values.size)
-    return quantizer.decode(encoded, values.size)
+def _decoded(name: str, payload: bytes, count: int) -> np.ndarray:
+    reader = Reader(payload)
+    values = QUANTIZERS[name].decode(reader, count)
+    reader.finish()
+    return values
+
+
+def _there_and_back(name: str, values: np.ndarray, seed: int | None = 3) -> np.ndarray:
+    encoded = QUANTIZERS[name].encode(values, None if seed is None else _generator(seed))
+    assert len(encoded) <= QUANTIZERS[name].length(values.size)
+    return _decoded(name, encoded, values.size)
 
 
 def _steps(name: str, values: np.ndarray) -> np.ndarray:
@@ -141,6 +160,7 @@ def test_a_block_has_its_own_scale(name):
         np.full(5, -0.0),
         np.full(1500, 0.1),
         np.full(1500, 1e-40),
+        np.full(1500, 60_000.0),
         np.full(1500, -1e-45),
         np.full(1500, TINY),
         np.full(1500, TINY * 126.9),
@@ -157,51 +177,103 @@ def test_extreme_blocks_come_back_near_and_without_a_warning(name, values):
     values = values.astype(np.float32)
     decoded = _there_and_back(name, values)
     assert np.isfinite(decoded).all()
-    relative = {"float32": 0, "bfloat16": 2**-7, "int8": 1 / 127, "int4": 1 / 7}[name]
-    most = np.abs(values).max(initial=0)
+    relative = {**FLOATS, "bfloat16": 2**-7, "int8": 1 / 127, "int4": 1 / 7, "sign": 2, "stc": 2, "ternary": 1, "qsgd": 2}[name]
+    most = float(np.abs(values).max(initial=0))
+    if name == "float16":
+        values = np.clip(values, -65504, 65504)
     # Blocks below the smallest normal number times the levels are sent as zeros.
-    assert (np.abs(decoded.astype(np.float64) - values) <= max(most * relative * 1.001, 127 * TINY)).all()
+    error = np.abs(decoded.astype(np.float64) - values)
+    assert (error <= max(most * relative * 1.001, 2**-24 if name == "float16" else 127 * float(TINY))).all()
 
 
-@pytest.mark.parametrize("name", sorted(INTEGERS))
+@pytest.mark.parametrize("name", sorted(set(NAMES) - set(FLOATS)))
 @pytest.mark.parametrize("scale", [-1.0, float("nan"), float("inf"), -float("inf"), -1e-45])
 def test_a_scale_that_cannot_be_is_a_decode_error(name, scale):
-    codes = bytes(QUANTIZERS[name].length(2000) - 8)
-    for scales in ((scale, 1.0), (1.0, scale)):
+    count = 1000 if name == "stc" else 2000
+    codes = bytes(QUANTIZERS[name].length(count) - 4 * (1 + (name != "stc")))
+    for scales in ((scale, 1.0), (1.0, scale))[: 1 + (name != "stc")]:
         with pytest.raises(DecodeError, match="scale is negative or not finite"):
-            QUANTIZERS[name].decode(struct.pack("<2f", *scales) + codes, 2000)
+            _decoded(name, struct.pack("<2f", *scales)[: 4 * (1 + (name != "stc"))] + codes, count)
 
 
-@pytest.mark.parametrize("name", sorted(INTEGERS))
-def test_scales_that_overflow_give_infinities_for_the_receiver_to_refuse(name):
-    highest = {"int8": b"\x7f\x81", "int4": b"\xf1"}[name]
-    payload = struct.pack("<f", LARGEST) + highest
-    assert not np.isfinite(QUANTIZERS[name].decode(payload, 2)).any()
+def test_scales_that_overflow_give_infinities_for_the_receiver_to_refuse():
+    for name, highest in {"int8": b"\xfe\x00", "int4": b"\xe0"}.items():
+        assert not np.isfinite(_decoded(name, struct.pack("<f", LARGEST) + b"\x00" + highest, 2)).any()
+
+
+def test_zero_is_a_scale_of_any_sign_and_decodes_to_zeros():
+    for zero in (0.0, -0.0):
+        assert _decoded("int8", struct.pack("<f", zero) + b"\x00\xfe\x00", 2).tolist() == [0, 0]
 
 
 def test_int4_has_the_first_value_in_the_high_half_of_a_byte():
-    assert QUANTIZERS["int4"].encode(np.float32([7, -7, 1]), _generator()) == struct.pack("<f", 1.0) + bytes([0xF1, 0x98])
-    assert QUANTIZERS["int4"].decode(struct.pack("<f", 2.0) + bytes([0x0F, 0x83]), 4).tolist() == [-16, 14, 0, -10]
+    assert QUANTIZERS["int4"].encode(np.float32([7, -7, 1]), _generator()) == struct.pack("<f", 1.0) + b"\x00\xe0\x80"
+    assert _decoded("int4", struct.pack("<f", 2.0) + b"\x00\x0e\x73", 4).tolist() == [-14, 14, 0, -8]
 
 
 def test_int8_has_scales_first_and_then_a_byte_for_each_value():
-    assert QUANTIZERS["int8"].encode(np.float32([127, -127, 1]), _generator()) == struct.pack("<f3b", 1.0, 127, -127, 1)
+    assert QUANTIZERS["int8"].encode(np.float32([127, -127, 1]), _generator()) == struct.pack("<f", 1.0) + b"\x00\xfe\x00\x80"
     values = np.concatenate([np.full(BLOCK, 127), np.full(2, 254)]).astype(np.float32)
-    assert QUANTIZERS["int8"].encode(values, _generator()) == struct.pack("<2f", 1.0, 2.0) + b"\x7f" * (BLOCK + 2)
+    assert _there_and_back("int8", values).tolist() == values.tolist()
+
+
+def test_ternary_has_two_bits_for_each_value():
+    assert QUANTIZERS["ternary"].encode(np.float32([2, -2, 0]), _generator()) == struct.pack("<f", 2.0) + b"\x00\x84"
+
+
+def test_signs_have_one_bit_for_each_value_and_their_mean_magnitude():
+    values = np.float32([3, -1, 2, 0])
+    for name in ("sign", "stc"):
+        assert QUANTIZERS[name].encode(values, None) == struct.pack("<f", 1.5) + b"\x00\xb0"
+        assert _there_and_back(name, values).tolist() == [1.5, -1.5, 1.5, 1.5]
+
+
+def test_sign_has_a_scale_for_each_block_and_stc_one_for_all():
+    values = np.concatenate([np.full(BLOCK, -1.0), np.full(BLOCK, 5.0), np.full(2, -3.0)]).astype(np.float32)
+    assert _there_and_back("sign", values).tolist() == values.tolist()
+    assert np.unique(np.abs(_there_and_back("stc", values))).tolist() == [
+        np.abs(values).mean(dtype=np.float64).astype(np.float32)
+    ]
+
+
+def test_qsgd_rounds_to_levels_of_the_euclidean_norm():
+    values = np.float32([3, -4])
+    assert QUANTIZERS["qsgd"].encode(values, None)[:4] == struct.pack("<f", 5 / 16)
+    assert _there_and_back("qsgd", values, seed=None).tolist() == [10 * 5 / 16, -13 * 5 / 16]
+
+
+def test_without_a_generator_integers_are_rounded_to_the_nearest_and_halves_to_even():
+    values = np.float32([127, 0.4, 0.5, 0.6, 1.5, -0.5, -0.6, -126.7])
+    assert _there_and_back("int8", values, seed=None).tolist() == [127, 0, 0, 1, 2, 0, -1, -127]
+    halves = np.arange(-127, 127.5, 0.5, dtype=np.float32)
+    assert _there_and_back("int8", halves, seed=None).tolist() == np.rint(halves).tolist()
+
+
+def test_float16_is_clipped_to_what_is_finite():
+    values = np.float32([65504, 65519, 65520, 1e6, -1e38])
+    assert _there_and_back("float16", values).tolist() == [65504, 65504, 65504, 65504, -65504]
 
 
 def test_lengths_are_those_of_the_documentation():
     for count, blocks in ((0, 0), (1, 1), (1023, 1), (1024, 1), (1025, 2), (10_000, 10)):
-        lengths = {name: quantizer.length(count) for name, quantizer in QUANTIZERS.items()}
-        assert lengths == {
+        assert {name: quantizer.length(count) for name, quantizer in QUANTIZERS.items()} == {
             "float32": 4 * count,
+            "float16": 2 * count,
             "bfloat16": 2 * count,
-            "int8": 4 * blocks + count,
-            "int4": 4 * blocks + (count + 1) // 2,
+            "int8": 4 * blocks + 1 + count,
+            "int4": 4 * blocks + 1 + (count + 1) // 2,
+            "ternary": 4 * blocks + 1 + (count + 3) // 4,
+            "qsgd": 4 * blocks + 1 + count,
+            "sign": 4 * blocks + 1 + (count + 7) // 8,
+            "stc": 4 * min(blocks, 1) + 1 + (count + 7) // 8,
         }
 
 
-def test_small_tensors_get_eight_bits_at_least():
-    assert set(FOR_SMALL_TENSORS) == set(QUANTIZERS)
-    assert FOR_SMALL_TENSORS["int4"] == "int8"
-    assert all(QUANTIZERS[small].length(1024) >= 1024 for small in FOR_SMALL_TENSORS.values())
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("count", [0, 1, 1024, 65_536, 65_537, 70_000])
+def test_pieces_and_blocks_meet_without_a_gap(name, count):
+    values = _generator(2).normal(size=count).astype(np.float32)
+    whole = _there_and_back(name, values, seed=None)
+    if name != "stc":
+        parts = [_there_and_back(name, values[start : start + BLOCK], seed=None) for start in range(0, count, BLOCK)]
+        assert whole.tolist() == np.concatenate([values[:0], *parts]).tolist()

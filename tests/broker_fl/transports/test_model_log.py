@@ -1,30 +1,24 @@
-"""Reading broadcasts from a log, over both transports; and opening them."""
+"""Reading broadcasts from a log, over both transports."""
 
 import asyncio
-import hashlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import SecretStr
 from structlog.testing import capture_logs
 
-from broker_fl.codecs.codec import encode, parse_codec
 from broker_fl.config import BrokerSettings
-from broker_fl.errors import BrokerUnavailableError, DecodeError, ManifestMismatchError
-from broker_fl.parameters import digest, manifest_of
+from broker_fl.errors import BrokerUnavailableError
 from broker_fl.topology import Binding, Exchange, Policy, Queue, Topology
 from broker_fl.transports.amqp import amqp_connect
 from broker_fl.transports.memory import MemoryBroker
-from broker_fl.transports.model_log import LatestBody, ReceivedModel, follow_frames, open_frame
+from broker_fl.transports.model_log import Broadcast, Pending, Place, Traffic, read_from, read_newest, read_queue
 from broker_fl.transports.parts import split
 from broker_fl.transports.transport import Message, Transport
-from schemas import wire
-from schemas.frame import ModelFrame, TrainingPlan
 
 LOG = "fl.digits.model.log"
 TOPOLOGY = Topology((Exchange("model", "fanout"),), (Queue(LOG, "stream"),), (Binding("model", LOG),))
@@ -81,7 +75,9 @@ def number_in(body: bytes) -> int:
 
 
 def message_of(number: int, *, size: int = 0) -> Message:
-    return Message("model", body_of(number, size=size), message_id=f"id-{number}", headers={"x-fl-number": number})
+    return Message(
+        "model", body_of(number, size=size), message_id=f"id-{number}", headers={"x-fl-number": number, "x-fl-kind": "delta"}
+    )
 
 
 def parts_of(number: int, *, parts: int, part_bytes: int = 500) -> list[Message]:
@@ -96,18 +92,22 @@ async def publish(transport: Transport, *messages: Message) -> None:
         await transport.publish(message)
 
 
+def newest(transport: Transport, traffic: Traffic | None = None) -> AsyncGenerator[Broadcast, None]:
+    return read_newest(transport, LOG, name="test", traffic=traffic or Traffic())
+
+
 async def numbers_until(transport: Transport, last: int) -> list[int]:
-    """Of the frames that a follower yields, up to this one."""
+    """Of the frames that a reader yields, up to this one."""
     found: list[int] = []
-    async with asyncio.timeout(20), aclosing(follow_frames(transport, LOG, name="test")) as frames:
-        async for body in frames:
-            found.append(number_in(body))
+    async with asyncio.timeout(20), aclosing(newest(transport)) as frames:
+        async for broadcast in frames:
+            found.append(number_in(broadcast.body))
             if found[-1] == last:
                 break
     return found
 
 
-# Following
+# From the newest frame on
 
 
 async def test_newest_whole_frame_is_found_and_older_ones_only_before_it(broker):
@@ -127,13 +127,13 @@ async def test_burst_of_frames_is_yielded_in_order(broker):
 async def test_frames_that_come_later_are_yielded_as_they_come(broker):
     async with connected(broker) as transport:
         await publish(transport, message_of(1))
-        async with asyncio.timeout(20), aclosing(follow_frames(transport, LOG, name="test")) as frames:
-            assert number_in(await anext(frames)) == 1
+        async with asyncio.timeout(20), aclosing(newest(transport)) as frames:
+            assert number_in((await anext(frames)).body) == 1
             await publish(transport, message_of(2), *parts_of(3, parts=3), message_of(4))
-            assert [number_in(await anext(frames)) for _ in range(3)] == [2, 3, 4]
+            assert [number_in((await anext(frames)).body) for _ in range(3)] == [2, 3, 4]
 
 
-async def test_follower_of_an_empty_log_waits_for_the_first_frame(broker):
+async def test_reader_of_an_empty_log_waits_for_the_first_frame(broker):
     async with connected(broker) as transport:
         waiting = asyncio.create_task(numbers_until(transport, 1))
         await publish(transport, *parts_of(1, parts=4))
@@ -186,11 +186,11 @@ async def until_beginning_is_gone(transport: Transport) -> None:
 async def test_frame_that_was_cut_short_and_sent_again_is_yielded_once(broker):
     async with connected(broker) as transport:
         await publish(transport, *parts_of(1, parts=30))
-        async with asyncio.timeout(20), aclosing(follow_frames(transport, LOG, name="test")) as frames:
-            assert number_in(await anext(frames)) == 1
+        async with asyncio.timeout(20), aclosing(newest(transport)) as frames:
+            assert number_in((await anext(frames)).body) == 1
             await publish(transport, *parts_of(2, parts=30)[:20])
             await publish(transport, *parts_of(2, parts=30), message_of(3))
-            assert [number_in(await anext(frames)) for _ in range(2)] == [2, 3]
+            assert [number_in((await anext(frames)).body) for _ in range(2)] == [2, 3]
         assert (await numbers_until(transport, 3))[-2:] in ([2, 3], [3])
 
 
@@ -199,20 +199,20 @@ async def test_damaged_parts_are_left_out_with_a_warning_and_the_next_frame_is_t
     async with connected(broker) as transport:
         await publish(transport, message_of(1))
         with capture_logs() as logs:
-            async with asyncio.timeout(20), aclosing(follow_frames(transport, LOG, name="test")) as frames:
-                assert number_in(await anext(frames)) == 1
+            async with asyncio.timeout(20), aclosing(newest(transport)) as frames:
+                assert number_in((await anext(frames)).body) == 1
                 await publish(transport, replace(first, body=b"x" * len(first.body)), *others)
                 await publish(transport, replace(first, headers={**first.headers, "x-fl-part": "0"}))
                 await publish(transport, *parts_of(3, parts=5))
-                assert number_in(await anext(frames)) == 3
+                assert number_in((await anext(frames)).body) == 3
     assert [(entry["log_level"], entry["message_id"]) for entry in logs] == [("warning", "id-2")] * 2
 
 
-async def test_log_that_is_deleted_ends_its_followers(broker):
+async def test_log_that_is_deleted_ends_its_readers(broker):
     async with connected(broker) as transport:
         await publish(transport, message_of(1))
-        async with asyncio.timeout(20), aclosing(follow_frames(transport, LOG, name="test")) as frames:
-            assert number_in(await anext(frames)) == 1
+        async with asyncio.timeout(20), aclosing(newest(transport)) as frames:
+            assert number_in((await anext(frames)).body) == 1
             await broker.delete_log()
             with pytest.raises(BrokerUnavailableError):
                 await anext(frames)
@@ -254,127 +254,166 @@ def test_frame_is_put_together_from_any_repeated_parts(sequence: list[int]):
 
 
 def yielded(sequence: list[int]) -> list[int]:
-    """What a follower makes of two frames, the first of which came in this sequence of its parts; a repeated one counts once."""
+    """What a reader makes of two frames, the first of which came in this sequence of its parts; a repeated one counts once."""
 
     async def follow() -> list[int]:
         async with connected(in_memory()) as transport:
             await publish(transport, message_of(0))
             found: dict[int, None] = {}
-            async with aclosing(follow_frames(transport, LOG, name="test")) as frames:
-                assert number_in(await anext(frames)) == 0
+            async with aclosing(newest(transport)) as frames:
+                assert number_in((await anext(frames)).body) == 0
                 parts = parts_of(1, parts=max(sequence) + 1)
                 await publish(transport, *(parts[index] for index in sequence), message_of(2))
                 while 2 not in found:
-                    found[number_in(await anext(frames))] = None
+                    found[number_in((await anext(frames)).body)] = None
             return [number for number in found if number]
 
     with capture_logs():
         return asyncio.run(asyncio.wait_for(follow(), 10))
 
 
-# The newest of a burst
+# From some frame on
 
 
-async def test_who_takes_the_latest_body_gets_the_newest_of_a_burst_and_each_once():
-    latest = LatestBody()
+async def numbers_from(
+    transport: Transport,
+    number: int,
+    *,
+    until: int,
+    near: Place | None = None,
+    or_newer: bool = False,
+    traffic: Traffic | None = None,
+) -> list[int]:
+    found: list[int] = []
+    reading = read_from(transport, LOG, number, or_newer=or_newer, near=near, name="test", traffic=traffic or Traffic())
+    async with asyncio.timeout(20), aclosing(reading) as broadcasts:
+        async for broadcast in broadcasts:
+            assert broadcast.place is not None
+            assert broadcast.place.number == number_in(broadcast.body)
+            found.append(number_in(broadcast.body))
+            if found[-1] == until:
+                break
+    return found
+
+
+async def newest_place(transport: Transport) -> Place | None:
+    async with asyncio.timeout(20), aclosing(newest(transport)) as broadcasts:
+        return (await anext(broadcasts)).place
+
+
+@pytest.mark.parametrize("parts", [1, 5])
+@pytest.mark.parametrize("wanted", [1, 40, 59, 60])
+async def test_log_is_read_from_a_frame_on_and_not_from_far_before_it(broker, parts: int, wanted: int):
+    async with connected(broker) as transport:
+        for number in range(1, 61):
+            await publish(transport, *(parts_of(number, parts=parts) if parts > 1 else [message_of(number)]))
+        near = await newest_place(transport)
+        found = await numbers_from(transport, wanted, until=60, near=near)
+    assert found == list(range(found[0], 61))
+    assert wanted - (60 - wanted) - 12 <= found[0] <= wanted
+
+
+@pytest.mark.parametrize("parts", [1, 5])
+async def test_log_is_read_from_a_frame_on_without_a_known_place(broker, parts: int):
+    await broker.apply_policy({"stream-max-segment-size-bytes": 5_000})
+    async with connected(broker) as transport:
+        for number in range(1, 61):
+            await publish(transport, *(parts_of(number, parts=parts) if parts > 1 else [message_of(number)]))
+        found = await numbers_from(transport, 31, until=60)
+    assert found == list(range(found[0], 61))
+    assert found[0] <= 31
+
+
+async def test_frames_of_very_different_sizes_are_found_further_back(broker):
+    async with connected(broker) as transport:
+        for number in range(1, 31):
+            await publish(transport, *parts_of(number, parts=20))
+        await publish(transport, message_of(31))
+        found = await numbers_from(transport, 20, until=31, near=await newest_place(transport))
+    assert found[0] <= 20
+    assert found == list(range(found[0], 32))
+
+
+async def test_log_whose_wanted_frame_is_gone_is_read_from_its_beginning(broker):
+    async with connected(broker) as transport:
+        await publish(transport, *map(message_of, range(40, 61)))
+        found = await numbers_from(transport, 3, until=60, near=await newest_place(transport))
+    assert found == list(range(40, 61))
+
+
+async def test_newer_frame_that_is_good_enough_is_taken_as_it_is(broker):
+    async with connected(broker) as transport:
+        for number in (10, 20, 30):
+            await publish(transport, *parts_of(number, parts=6))
+        found = await numbers_from(transport, 10, until=30, or_newer=True)
+    assert found == [10, 20, 30][-len(found) :]
+
+
+async def test_only_the_first_frame_that_would_do_is_entered_again():
+    """The log in memory gives the very last message first; a newer frame costs no more than its own parts, and a few before."""
+    async with connected(in_memory()) as transport:
+        for number in (10, 20, 30):
+            await publish(transport, *parts_of(number, parts=6))
+        traffic = Traffic()
+        assert await numbers_from(transport, 10, until=30, or_newer=True, traffic=traffic) == [30]
+    assert traffic.take()["bytes_down"] <= 500 * 13
+
+
+# What it costs
+
+
+async def test_all_that_is_read_is_counted_again_where_it_is_read_again():
+    traffic = Traffic()
+    async with connected(in_memory()) as transport:
+        await publish(transport, message_of(1), *parts_of(2, parts=4), message_of(3))
+        async with asyncio.timeout(20), aclosing(newest(transport, traffic)) as frames:
+            await anext(frames)
+        assert traffic.take() == {"bytes_down": len(body_of(3)), "frames_received": 1, "deltas_received": 1}
+        assert traffic.take() == {}
+        found = await numbers_from(transport, 2, until=3, near=Place(offset=8, number=3, part=0, parts=1), traffic=traffic)
+    assert found[-2:] == [2, 3]
+    assert traffic.take()["bytes_down"] >= 4 * 500 + len(body_of(3))
+
+
+async def test_own_queue_gives_whole_bodies_and_leaves_out_what_began_before(broker):
+    async with connected(broker) as transport, transport.listen("model", name="test") as feed:
+        await publish(transport, *parts_of(1, parts=3)[1:], *parts_of(2, parts=3), message_of(3))
+        with capture_logs() as logs:
+            async with asyncio.timeout(20), aclosing(read_queue(feed, traffic=Traffic())) as broadcasts:
+                found = [number_in((await anext(broadcasts)).body) for _ in range(2)]
+    assert found == [2, 3]
+    assert {entry["message_id"] for entry in logs} == {"id-1"}
+
+
+# What waits
+
+
+def waiting(number: int, *, size: int = 0) -> Broadcast:
+    return Broadcast(body_of(number, size=size), None)
+
+
+async def test_who_takes_what_is_pending_gets_all_of_a_burst_in_order_and_each_once():
+    pending = Pending(most_bytes=1000)
     async with asyncio.timeout(5):
-        taking = asyncio.create_task(latest.get())
+        taking = asyncio.create_task(pending.take())
         await asyncio.sleep(0)
         for number in range(5):
-            latest.put(body_of(number))
+            pending.put(waiting(number))
             await asyncio.sleep(0)
-        assert number_in(await taking) == 4
-        again = asyncio.create_task(latest.get())
+        assert [number_in(one.body) for one in await taking] == [0, 1, 2, 3, 4]
+        again = asyncio.create_task(pending.take())
         await asyncio.sleep(0.05)
         assert not again.done()
-        latest.put(body_of(5))
-        assert number_in(await again) == 5
+        pending.put(waiting(5))
+        assert [number_in(one.body) for one in await again] == [5]
 
 
-async def test_latest_body_that_waits_already_is_taken_at_once():
-    latest = LatestBody()
-    latest.put(body_of(1))
-    latest.put(body_of(2))
-    async with asyncio.timeout(5):
-        assert number_in(await latest.get()) == 2
-
-
-# Opening
-
-MODEL = {"weight": np.arange(6, dtype=np.float32).reshape(2, 3), "bias": np.ones(2, np.float32)}
-MANIFEST = manifest_of(MODEL)
-VECTOR = np.concatenate([tensor.reshape(-1) for tensor in MODEL.values()])
-
-
-def frame(**changes: object) -> ModelFrame:
-    payload = encode(VECTOR, parse_codec("float32"), manifest=MANIFEST, generator=np.random.default_rng(0))
-    fields = {
-        "federation": "digits",
-        "ledger": "0" * 32,
-        "number": 7,
-        "version": 12,
-        "digest": digest(VECTOR),
-        "manifest": MANIFEST,
-        "codec": "float32",
-        "training": TrainingPlan(),
-        "update_codec": "int8",
-        "fraction": 1.0,
-        "repeat": False,
-        "over": False,
-        "payload": payload,
-    }
-    return ModelFrame(**(fields | changes))
-
-
-def opened(body: bytes) -> ReceivedModel:
-    return open_frame(body, federation="digits", manifest=MANIFEST)
-
-
-def test_opened_frame_holds_the_very_bits_of_the_model():
-    received = opened(wire.encode(frame()))
-    assert received.frame == frame()
-    assert received.model.tobytes() == VECTOR.tobytes()
-
-
-@pytest.mark.parametrize(
-    ("changed", "match"),
-    [
-        ({"federation": "letters"}, "federation 'letters', not 'digits'"),
-        ({"digest": hashlib.sha256(b"").hexdigest()}, "frame 7 decodes to another model"),
-        ({"payload": np.zeros(8, np.float32).tobytes()}, "frame 7 decodes to another model"),
-        ({"payload": bytes(31)}, "32 bytes, not 31"),
-    ],
-)
-def test_frame_that_is_not_what_it_says_is_a_decode_error(changed: dict[str, object], match: str):
-    with pytest.raises(DecodeError, match=match):
-        opened(wire.encode(frame(**changed)))
-
-
-@pytest.mark.parametrize(
-    ("manifest", "match"),
-    [
-        (manifest_of({"weight": np.zeros((3, 2), np.float32), "bias": np.ones(2, np.float32)}), "weight"),
-        (manifest_of({"weight": np.zeros((2, 3), np.float32)}), "expected 1 tensors, this model has 2"),
-    ],
-)
-def test_frame_of_another_model_is_a_manifest_mismatch_that_names_the_difference(manifest, match: str):
-    with pytest.raises(ManifestMismatchError, match=match):
-        opened(wire.encode(frame(manifest=manifest)))
-
-
-@pytest.mark.parametrize("body", [b"", b"no frame", wire.encode(frame())[:-1]])
-def test_body_that_is_no_frame_is_a_decode_error(body: bytes):
-    with pytest.raises(DecodeError):
-        opened(body)
-
-
-def test_newer_is_the_higher_number_of_a_ledger_and_anything_of_another_ledger():
-    held = opened(wire.encode(frame()))
-    for changed, is_newer in (
-        ({"number": 8}, True),
-        ({"number": 7}, False),
-        ({"number": 6}, False),
-        ({"ledger": "1" * 32}, True),
-    ):
-        assert opened(wire.encode(frame(**changed))).is_newer_than(held) is is_newer
-    assert held.is_newer_than(None)
+async def test_no_more_waits_than_is_worth_it_and_the_newest_always():
+    pending = Pending(most_bytes=1000)
+    for number in range(10):
+        pending.put(waiting(number, size=300))
+    assert number_in(pending.newest().body) == 9
+    assert [number_in(one.body) for one in await pending.take()] == [7, 8, 9]
+    pending.put(waiting(10, size=5000))
+    assert [number_in(one.body) for one in await pending.take()] == [10]
+    assert pending.newest() is None

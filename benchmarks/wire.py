@@ -1,0 +1,286 @@
+"""Bytes on the wire for the same accuracy: whole federations, dense float32 against codec pairs, with the same seeds and steps.
+
+Ten workers, an aggregator and an evaluator of the real kind share this process and the in-memory broker; parties train from what
+they decoded, and bytes are those of the bodies that they sent and read, parts, repeats and keyframes included. The first model is
+nobody's download: every party draws it from the same seed. `accuracy` is the mean of the last five evaluated versions;
+`percent_of_dense` compares both directions together with the dense run of the same task and partition.
+
+    python -m benchmarks.wire --data FOLDER [--json FILE] [--plot FILE] [--task fashion_mnist] [--partition iid] [--versions N]
+
+FOLDER holds FashionMNIST/raw and cifar10.npz. Subsets, for time: 20,000 training images of Fashion-MNIST, 10,000 of CIFAR-10.
+"""
+
+import asyncio
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import uvloop
+
+from benchmarks.report import machine, parser, show
+from broker_fl.cli.logs import LogFormat, LogLevel, configure_logs
+from broker_fl.cli.wiring import built_aggregator, built_evaluator, built_worker
+from broker_fl.config import Settings, load_settings
+from broker_fl.topology import Names, party, party_permissions, policies, shared
+from broker_fl.transports.memory import MemoryBroker
+from schemas import wire
+from schemas.event import Event
+from workers.outbox import read_counters
+
+FEDERATION = "wire"
+NAMES = Names(FEDERATION)
+PARTIES = tuple(f"party-{number}" for number in range(10))
+LAST_EVALUATIONS = 5
+DENSE = ("float32", "float32")
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A task, and how it is trained."""
+
+    task: str
+    data: str
+    versions: int
+    training: dict[str, Any]
+
+
+KINDS = {
+    "fashion_mnist": Kind(
+        "benchmarks.tasks:FASHION_MNIST", ".", 400, {"epochs": 1, "batch_size": 50, "learning_rate": 0.05, "momentum": 0.9}
+    ),
+    "cifar10": Kind(
+        "benchmarks.tasks:CIFAR10", "cifar10.npz", 300, {"epochs": 1, "batch_size": 50, "learning_rate": 0.03, "momentum": 0.9}
+    ),
+}
+PARTITIONS: dict[str, dict[str, Any]] = {"iid": {"scheme": "iid"}, "dirichlet": {"scheme": "dirichlet", "alpha": 0.5}}
+PAIRS = (("topk:0.02+int4", "topk:0.02+int4"), ("topk:0.03+stc", "topk:0.03+stc"), ("topk:0.005+int4", "topk:0.01+int4"))
+WARM_UP_VERSIONS = 40
+MERGING = {"strategy": "fedasync", "mixing_rate": 0.4, "staleness": "polynomial", "exponent": 0.5, "max_staleness": 64}
+BROADCAST_EVERY_MERGES = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A version that was evaluated, and the bytes of both directions until then."""
+
+    version: int
+    accuracy: float
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    points: list[Point]
+    updates: int
+    bytes_up: int
+    bytes_down: int
+    seconds: float
+
+    @property
+    def bytes(self) -> int:
+        return self.bytes_up + self.bytes_down
+
+    @property
+    def accuracy(self) -> float:
+        last = self.points[-LAST_EVALUATIONS:]
+        return sum(point.accuracy for point in last) / len(last)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    task: str
+    partition: str
+    codec_up: str
+    codec_down: str
+    versions: int
+    accuracy: float
+    dense_accuracy: float
+    bytes_up: int
+    bytes_down: int
+    percent_of_dense: float
+    seconds: float
+    curve: list[Point]
+
+
+@dataclass(slots=True)
+class Onlooker:
+    """Counts what the events tell."""
+
+    points: list[Point] = field(default_factory=list)
+    bytes: int = 0
+
+    async def watch(self, broker: MemoryBroker, listening: asyncio.Event) -> None:
+        async with (
+            broker.connect("onlooker") as transport,
+            transport.listen(NAMES.events, routing_key="#", name="onlooker") as feed,
+        ):
+            listening.set()
+            while True:
+                event = wire.decode(Event, (await feed.receive()).body)
+                if event.kind == "updates.decided":
+                    self.bytes += sum(update.bytes for update in event.updates)
+                elif event.kind == "frame.published":
+                    self.bytes += int(event.facts["bytes"]) * len(PARTIES)
+                elif event.kind == "model.evaluated":
+                    self.points.append(Point(event.version, float(event.facts["accuracy"]), self.bytes))
+                    if event.facts["over"]:
+                        return
+
+
+def settings_for(
+    kind: Kind, partition: str, pair: tuple[str, str], *, data: Path, folder: Path, versions: int, worker: int | None = None
+) -> Settings:
+    up, down = pair
+    flags = {
+        "federation": {"name": FEDERATION},
+        "task": {"name": kind.task, "data": data / kind.data},
+        "partition": PARTITIONS[partition],
+        "training": {**kind.training, "decay_versions": versions},
+        "merging": MERGING,
+        "codec": {"up": up, "down": down, "warm_up_versions": 0 if pair == DENSE else WARM_UP_VERSIONS},
+        "aggregator": {
+            "state": folder / "aggregator",
+            "versions": versions,
+            "broadcast_every_merges": BROADCAST_EVERY_MERGES,
+            "broadcast_every_s": 60.0,
+        },
+        "evaluation": {"device": "cpu"},
+        "worker": {
+            "party": None if worker is None else PARTIES[worker],
+            "share": None if worker is None else f"{worker + 1}/{len(PARTIES)}",
+            "state": folder / "workers",
+            "device": "cpu",
+        },
+    }
+    return load_settings(flags=flags, environment={})
+
+
+def stage() -> MemoryBroker:
+    broker = MemoryBroker()
+    broker.declare(shared(FEDERATION))
+    broker.apply_policies(policies(FEDERATION, model_bytes=64 << 20))
+    for name in PARTIES:
+        broker.declare(party(FEDERATION, name))
+        broker.users[name] = party_permissions(FEDERATION, name)
+    return broker
+
+
+async def federate(kind: Kind, partition: str, pair: tuple[str, str], *, data: Path, folder: Path, versions: int) -> Run:
+    """A federation from its first model to its last."""
+    of = partial(settings_for, kind, partition, pair, data=data, folder=folder, versions=versions)
+    broker = stage()
+    onlooker = Onlooker()
+    began = time.perf_counter()
+    with ExitStack() as stack:
+        built = stack.enter_context(built_aggregator(of(), broker.connect))
+        workers = [
+            stack.enter_context(built_worker(of(worker=index), partial(broker.connect, user=name)))
+            for index, name in enumerate(PARTIES)
+        ]
+        evaluator = built_evaluator(of(), broker.connect)
+        async with asyncio.TaskGroup() as group:
+            listening = asyncio.Event()
+            group.create_task(onlooker.watch(broker, listening))
+            await listening.wait()
+            group.create_task(built.service.run(built.open_state))
+            for service in (*workers, evaluator):
+                group.create_task(service.run())
+        updates = sum(built.coordinator.counts.values())
+    counters = [read_counters(folder / "workers", name) for name in PARTIES]
+    return Run(
+        points=onlooker.points,
+        updates=updates,
+        bytes_up=sum(counter["bytes_up"] for counter in counters),
+        bytes_down=sum(counter["bytes_down"] for counter in counters),
+        seconds=time.perf_counter() - began,
+    )
+
+
+def measure(task: str, partition: str, *, data: Path, versions: int | None, pairs: tuple[tuple[str, str], ...]) -> list[Row]:
+    kind = KINDS[task]
+    rows: list[Row] = []
+    dense: Run | None = None
+    for pair in (DENSE, *(pair for pair in pairs if pair != DENSE)):
+        with tempfile.TemporaryDirectory() as folder:
+            run = uvloop.run(federate(kind, partition, pair, data=data, folder=Path(folder), versions=versions or kind.versions))
+        dense = dense or run
+        rows.append(
+            Row(
+                task=task,
+                partition=partition,
+                codec_up=pair[0],
+                codec_down=pair[1],
+                versions=run.points[-1].version,
+                accuracy=run.accuracy,
+                dense_accuracy=dense.accuracy,
+                bytes_up=run.bytes_up,
+                bytes_down=run.bytes_down,
+                percent_of_dense=100 * run.bytes / dense.bytes,
+                seconds=run.seconds,
+                curve=run.points,
+            )
+        )
+        said = asdict(rows[-1])
+        said.pop("curve")
+        print(said, flush=True)
+    return rows
+
+
+def plot(rows: list[Row], file: Path) -> None:
+    """Accuracy against bytes, one panel for each task and partition."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    panels = list(dict.fromkeys((row.task, row.partition) for row in rows))
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 4.2), squeeze=False, layout="constrained")
+    for axis, (task, partition) in zip(axes[0], panels, strict=True):
+        for row in rows:
+            if (row.task, row.partition) == (task, partition):
+                label = f"{row.codec_up} up, {row.codec_down} down ({row.percent_of_dense:.2g} %)"
+                points = [point for point in row.curve if point.bytes]
+                axis.plot([p.bytes / 1e6 for p in points], [100 * p.accuracy for p in points], label=label, linewidth=1.4)
+        axis.set_xscale("log")
+        axis.set_title(f"{task}, {partition}, {len(PARTIES)} parties")
+        axis.set_xlabel("MB up and down, all parties together")
+        axis.set_ylabel("accuracy on held-out images, %")
+        axis.grid(visible=True, alpha=0.3)
+        axis.legend(fontsize=7, loc="lower right")
+    figure.savefig(file)
+
+
+def main() -> None:
+    arguments = parser(__doc__ or "")
+    arguments.add_argument("--data", type=Path, required=True, help="folder with FashionMNIST/raw and cifar10.npz")
+    arguments.add_argument("--task", choices=sorted(KINDS), action="append", help="only this one; may be repeated")
+    arguments.add_argument("--partition", choices=sorted(PARTITIONS), action="append", help="only this one; may be repeated")
+    arguments.add_argument("--versions", type=int, help="instead of each task's own")
+    arguments.add_argument(
+        "--pair", action="append", metavar="UP,DOWN", help="instead of the codec pairs of this file; may be repeated"
+    )
+    arguments.add_argument("--plot", type=Path, help="write a picture here, as .svg or .png")
+    given = arguments.parse_args()
+    configure_logs(LogLevel.ERROR, LogFormat.CONSOLE)
+    torch.set_num_threads(1)
+    pairs = PAIRS if given.pair is None else tuple(tuple(pair.split(",")) for pair in given.pair)
+    rows = [
+        row
+        for task in given.task or KINDS
+        for partition in given.partition or PARTITIONS
+        for row in measure(task, partition, data=given.data, versions=given.versions, pairs=pairs)
+    ]
+    show("Bytes for the same accuracy", rows, json_file=given.json, hidden=("curve",))
+    if given.plot is not None:
+        plot(rows, given.plot)
+        print(f"picture: {given.plot} ({machine()})", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
