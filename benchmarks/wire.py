@@ -3,17 +3,20 @@
 Ten workers, an aggregator and an evaluator of the real kind share this process and the in-memory broker; parties train from what
 they decoded, and bytes are those of the bodies that they sent and read, parts, repeats and keyframes included. The first model is
 nobody's download: every party draws it from the same seed. `accuracy` is the mean of the last five evaluated versions;
-`percent_of_dense` compares both directions together with the dense run of the same task and partition.
+`percent_of_dense` compares both directions together with the dense run of the same task and partition. With --fedavg, synchronous
+dense FedAvg of as many updates runs beside them: it broadcasts once for ten updates, where the others do so once for five.
 
-    python -m benchmarks.wire --data FOLDER [--json FILE] [--plot FILE] [--task fashion_mnist] [--partition iid] [--versions N]
+    python -m benchmarks.wire --data FOLDER [--json FILE] [--plot FILE] [--task fashion_mnist] [--partition iid] [--fedavg]
+    python -m benchmarks.wire --join FILE ... [--json FILE] [--plot FILE]
 
 FOLDER holds FashionMNIST/raw and cifar10.npz. Subsets, for time: 20,000 training images of Fashion-MNIST, 10,000 of CIFAR-10.
 """
 
 import asyncio
-import sys
+import json
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -23,7 +26,7 @@ from typing import Any
 import torch
 import uvloop
 
-from benchmarks.report import machine, parser, show
+from benchmarks.report import parser, show
 from broker_fl.cli.logs import LogFormat, LogLevel, configure_logs
 from broker_fl.cli.wiring import built_aggregator, built_evaluator, built_worker
 from broker_fl.config import Settings, load_settings
@@ -61,8 +64,22 @@ KINDS = {
 PARTITIONS: dict[str, dict[str, Any]] = {"iid": {"scheme": "iid"}, "dirichlet": {"scheme": "dirichlet", "alpha": 0.5}}
 PAIRS = (("topk:0.02+int4", "topk:0.02+int4"), ("topk:0.03+stc", "topk:0.03+stc"), ("topk:0.005+int4", "topk:0.01+int4"))
 WARM_UP_VERSIONS = 40
-MERGING = {"strategy": "fedasync", "mixing_rate": 0.4, "staleness": "polynomial", "exponent": 0.5, "max_staleness": 64}
+FEDASYNC = {"strategy": "fedasync", "mixing_rate": 0.4, "staleness": "polynomial", "exponent": 0.5, "max_staleness": 64}
+FEDAVG = {"strategy": "fedavg", "buffer_size": len(PARTIES), "buffer_timeout_s": 3600.0}
 BROADCAST_EVERY_MERGES = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One federation."""
+
+    kind: Kind
+    partition: str
+    up: str
+    down: str
+    merging: dict[str, Any]
+    versions: int
+    warm_up_versions: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +113,7 @@ class Run:
 class Row:
     task: str
     partition: str
+    strategy: str
     codec_up: str
     codec_down: str
     versions: int
@@ -133,20 +151,17 @@ class Onlooker:
                         return
 
 
-def settings_for(
-    kind: Kind, partition: str, pair: tuple[str, str], *, data: Path, folder: Path, versions: int, worker: int | None = None
-) -> Settings:
-    up, down = pair
+def settings_for(case: Case, *, data: Path, folder: Path, worker: int | None = None) -> Settings:
     flags = {
         "federation": {"name": FEDERATION},
-        "task": {"name": kind.task, "data": data / kind.data},
-        "partition": PARTITIONS[partition],
-        "training": {**kind.training, "decay_versions": versions},
-        "merging": MERGING,
-        "codec": {"up": up, "down": down, "warm_up_versions": 0 if pair == DENSE else WARM_UP_VERSIONS},
+        "task": {"name": case.kind.task, "data": data / case.kind.data},
+        "partition": PARTITIONS[case.partition],
+        "training": {**case.kind.training, "decay_versions": case.versions},
+        "merging": case.merging,
+        "codec": {"up": case.up, "down": case.down, "warm_up_versions": case.warm_up_versions},
         "aggregator": {
             "state": folder / "aggregator",
-            "versions": versions,
+            "versions": case.versions,
             "broadcast_every_merges": BROADCAST_EVERY_MERGES,
             "broadcast_every_s": 60.0,
         },
@@ -171,9 +186,9 @@ def stage() -> MemoryBroker:
     return broker
 
 
-async def federate(kind: Kind, partition: str, pair: tuple[str, str], *, data: Path, folder: Path, versions: int) -> Run:
+async def federate(case: Case, *, data: Path, folder: Path) -> Run:
     """A federation from its first model to its last."""
-    of = partial(settings_for, kind, partition, pair, data=data, folder=folder, versions=versions)
+    of = partial(settings_for, case, data=data, folder=folder)
     broker = stage()
     onlooker = Onlooker()
     began = time.perf_counter()
@@ -202,34 +217,50 @@ async def federate(kind: Kind, partition: str, pair: tuple[str, str], *, data: P
     )
 
 
-def measure(task: str, partition: str, *, data: Path, versions: int | None, pairs: tuple[tuple[str, str], ...]) -> list[Row]:
+def cases_of(task: str, partition: str, *, pairs: Sequence[tuple[str, str]], fedavg: bool) -> list[Case]:
+    """The dense one first."""
     kind = KINDS[task]
+    updates = kind.versions
+    cases = [Case(kind, partition, *DENSE, FEDASYNC, updates)]
+    cases += [Case(kind, partition, *pair, FEDASYNC, updates, WARM_UP_VERSIONS) for pair in pairs]
+    if fedavg:
+        cases.append(Case(kind, partition, *DENSE, FEDAVG, updates // len(PARTIES)))
+    return cases
+
+
+def measure(task: str, partition: str, *, data: Path, pairs: Sequence[tuple[str, str]], fedavg: bool) -> list[Row]:
     rows: list[Row] = []
     dense: Run | None = None
-    for pair in (DENSE, *(pair for pair in pairs if pair != DENSE)):
+    for case in cases_of(task, partition, pairs=pairs, fedavg=fedavg):
         with tempfile.TemporaryDirectory() as folder:
-            run = uvloop.run(federate(kind, partition, pair, data=data, folder=Path(folder), versions=versions or kind.versions))
+            run = uvloop.run(federate(case, data=data, folder=Path(folder)))
         dense = dense or run
-        rows.append(
-            Row(
-                task=task,
-                partition=partition,
-                codec_up=pair[0],
-                codec_down=pair[1],
-                versions=run.points[-1].version,
-                accuracy=run.accuracy,
-                dense_accuracy=dense.accuracy,
-                bytes_up=run.bytes_up,
-                bytes_down=run.bytes_down,
-                percent_of_dense=100 * run.bytes / dense.bytes,
-                seconds=run.seconds,
-                curve=run.points,
-            )
+        row = Row(
+            task=task,
+            partition=partition,
+            strategy=case.merging["strategy"],
+            codec_up=case.up,
+            codec_down=case.down,
+            versions=run.points[-1].version,
+            accuracy=run.accuracy,
+            dense_accuracy=dense.accuracy,
+            bytes_up=run.bytes_up,
+            bytes_down=run.bytes_down,
+            percent_of_dense=100 * run.bytes / dense.bytes,
+            seconds=run.seconds,
+            curve=run.points,
         )
-        said = asdict(rows[-1])
-        said.pop("curve")
-        print(said, flush=True)
+        rows.append(row)
+        print({name: value for name, value in asdict(row).items() if name != "curve"}, flush=True)
     return rows
+
+
+def joined(files: Sequence[Path]) -> list[Row]:
+    """The rows of earlier runs."""
+    records = [record for file in files for record in json.loads(file.read_text(encoding="utf-8"))["rows"]]
+    return [
+        Row(**{"strategy": "fedasync", **record, "curve": [Point(**point) for point in record["curve"]]}) for record in records
+    ]
 
 
 def plot(rows: list[Row], file: Path) -> None:
@@ -244,7 +275,7 @@ def plot(rows: list[Row], file: Path) -> None:
     for axis, (task, partition) in zip(axes[0], panels, strict=True):
         for row in rows:
             if (row.task, row.partition) == (task, partition):
-                label = f"{row.codec_up} up, {row.codec_down} down ({row.percent_of_dense:.2g} %)"
+                label = f"{row.strategy}: {row.codec_up} up, {row.codec_down} down ({row.percent_of_dense:.2g} %)"
                 points = [point for point in row.curve if point.bytes]
                 axis.plot([p.bytes / 1e6 for p in points], [100 * p.accuracy for p in points], label=label, linewidth=1.4)
         axis.set_xscale("log")
@@ -258,28 +289,34 @@ def plot(rows: list[Row], file: Path) -> None:
 
 def main() -> None:
     arguments = parser(__doc__ or "")
-    arguments.add_argument("--data", type=Path, required=True, help="folder with FashionMNIST/raw and cifar10.npz")
+    arguments.add_argument("--data", type=Path, help="folder with FashionMNIST/raw and cifar10.npz")
     arguments.add_argument("--task", choices=sorted(KINDS), action="append", help="only this one; may be repeated")
     arguments.add_argument("--partition", choices=sorted(PARTITIONS), action="append", help="only this one; may be repeated")
-    arguments.add_argument("--versions", type=int, help="instead of each task's own")
     arguments.add_argument(
-        "--pair", action="append", metavar="UP,DOWN", help="instead of the codec pairs of this file; may be repeated"
+        "--pair", action="append", metavar="UP,DOWN", help="instead of the pairs of this file; may be repeated"
     )
+    arguments.add_argument("--fedavg", action="store_true", help="dense synchronous FedAvg too")
     arguments.add_argument("--plot", type=Path, help="write a picture here, as .svg or .png")
+    arguments.add_argument("--join", type=Path, nargs="+", metavar="FILE", help="run nothing: put rows of earlier runs together")
     given = arguments.parse_args()
+    if given.join is None and given.data is None:
+        arguments.error("say by --data where the images are")
     configure_logs(LogLevel.ERROR, LogFormat.CONSOLE)
     torch.set_num_threads(1)
     pairs = PAIRS if given.pair is None else tuple(tuple(pair.split(",")) for pair in given.pair)
-    rows = [
-        row
-        for task in given.task or KINDS
-        for partition in given.partition or PARTITIONS
-        for row in measure(task, partition, data=given.data, versions=given.versions, pairs=pairs)
-    ]
+    rows = (
+        joined(given.join)
+        if given.join
+        else [
+            row
+            for task in given.task or KINDS
+            for partition in given.partition or PARTITIONS
+            for row in measure(task, partition, data=given.data, pairs=pairs, fedavg=given.fedavg)
+        ]
+    )
     show("Bytes for the same accuracy", rows, json_file=given.json, hidden=("curve",))
     if given.plot is not None:
         plot(rows, given.plot)
-        print(f"picture: {given.plot} ({machine()})", file=sys.stderr)
 
 
 if __name__ == "__main__":
