@@ -113,17 +113,24 @@ def _first(plan: BroadcastPlan, model: Vector, *, version: int, over: bool, at: 
         plan=rules,
         payload=b"",
     )
-    keyframe = wire.encode(announcement.model_copy(update={"payload": whole}))
     model_digest = announcement.digest if plan.keyframe == EXACT else digest(model)
     row = _row(announcement, at=at, model_digest=model_digest, plan=plan_digest(rules), log_bytes=0)
-    row = replace(row, keyframe_codec=plan.keyframe, keyframe_size=len(keyframe), keyframe=keyframe)
+    row = _with_keyframe(row, announcement, plan, rules, payload=whole, codec=plan.keyframe)
     return row, Held(_without_bodies(row), received, place)
 
 
 def _repeated(plan: BroadcastPlan, held: Held, *, over: bool, at: float) -> tuple[FrameRow, Held]:
     frame, rules = _next(plan, held, version=held.frame.version, over=over)
+    if not _changes_cost_more(held):
+        row = _delta_row(frame, held, at=at, model_digest=held.frame.model_digest, plan=rules)
+        return row, replace(held, frame=_without_bodies(row))
+    # Where nobody trains for days, repeats alone would push what came after the last keyframe out of the log.
+    codec, whole = _exactly(plan, held.model)
+    place = KeyframePlace(number=frame.number, bytes=len(whole), log_bytes=frame.log_bytes)
+    frame = frame.model_copy(update={"keyframe": place})
     row = _delta_row(frame, held, at=at, model_digest=held.frame.model_digest, plan=rules)
-    return row, replace(held, frame=_without_bodies(row))
+    row = _with_keyframe(row, frame, plan, rules, payload=whole, codec=codec)
+    return row, replace(held, frame=_without_bodies(row), keyframe=place)
 
 
 def _changed(plan: BroadcastPlan, held: Held, model: Vector, *, version: int, over: bool, at: float) -> tuple[FrameRow, Held]:
@@ -145,34 +152,42 @@ def _changed(plan: BroadcastPlan, held: Held, model: Vector, *, version: int, ov
         frame = frame.model_copy(update={**facts, "digest": digest(received)})
         row = _delta_row(frame, held, at=at, model_digest=model_digest.result(), plan=rules)
     if whole is not None:
-        keyframe = wire.encode(_standing_alone(frame, plan, rules, payload=whole, codec=plan.keyframe))
-        row = replace(row, keyframe_codec=plan.keyframe, keyframe_size=len(keyframe), keyframe=keyframe)
+        row = _with_keyframe(row, frame, plan, rules, payload=whole, codec=plan.keyframe)
     return row, Held(_without_bodies(row), received, frame.keyframe)
 
 
 def keyframe_is_due(plan: BroadcastPlan, held: Held) -> bool:
     """Whether the next change should come with a whole model: after so many frames, or where the changes cost more than one."""
-    last, keyframe = held.frame, held.keyframe
-    frames = last.number + 1 - keyframe.number
-    return frames >= plan.keyframe_every_frames or last.log_bytes - keyframe.log_bytes > keyframe.bytes
+    frames = held.frame.number + 1 - held.keyframe.number
+    return frames >= plan.keyframe_every_frames or _changes_cost_more(held)
+
+
+def _changes_cost_more(held: Held) -> bool:
+    return held.frame.log_bytes - held.keyframe.log_bytes > held.keyframe.bytes
 
 
 def exact_keyframe(plan: BroadcastPlan, held: Held, *, body: bytes) -> tuple[FrameRow, Held]:
     """The held frame, whose body in the model log this is, with a keyframe of what the receivers hold, to the last bit.
 
-    In the plan's codec where that loses nothing, else in float32.
+    The keyframe says the plan in force now. Where the frame had another one, some know the one and some the other: the row then
+    has none, so that the next frame says it to all.
     """
-    codec = plan.keyframe
-    whole, model = rounded(held.model, codec, manifest=plan.manifest)
-    if not np.array_equal(model.view(np.uint32), held.model.view(np.uint32)):
-        codec = EXACT
-        whole, _ = rounded(held.model, codec, manifest=plan.manifest)
+    codec, whole = _exactly(plan, held.model)
     frame = wire.decode(ModelFrame, body)
     place = KeyframePlace(number=frame.number, bytes=len(whole), log_bytes=frame.log_bytes)
     frame = frame.model_copy(update={"keyframe": place})
-    keyframe = wire.encode(_standing_alone(frame, plan, plan.at(frame.version), payload=whole, codec=codec))
-    row = replace(held.frame, keyframe_codec=codec, keyframe_size=len(keyframe), body=body, keyframe=keyframe)
+    rules = plan.at(frame.version)
+    said = held.frame.plan if plan_digest(rules) == held.frame.plan else ""
+    row = _with_keyframe(replace(held.frame, plan=said, body=body), frame, plan, rules, payload=whole, codec=codec)
     return row, replace(held, frame=_without_bodies(row), keyframe=place)
+
+
+def _exactly(plan: BroadcastPlan, model: Vector) -> tuple[str, bytes]:
+    """Codec and payload that hold the model to the last bit: the plan's codec where that loses nothing, else float32."""
+    payload, held = rounded(model, plan.keyframe, manifest=plan.manifest)
+    if np.array_equal(held.view(np.uint32), model.view(np.uint32)):
+        return plan.keyframe, payload
+    return EXACT, rounded(model, EXACT, manifest=plan.manifest)[0]
 
 
 def announcement(keyframe: bytes) -> bytes:
@@ -219,8 +234,11 @@ def _next(plan: BroadcastPlan, held: Held, *, version: int, over: bool) -> tuple
     return frame, rules
 
 
-def _standing_alone(frame: ModelFrame, plan: BroadcastPlan, rules: Plan, *, payload: bytes, codec: str) -> ModelFrame:
-    return frame.model_copy(update={"base": None, "manifest": plan.manifest, "plan": rules, "codec": codec, "payload": payload})
+def _with_keyframe(row: FrameRow, frame: ModelFrame, plan: BroadcastPlan, rules: Plan, *, payload: bytes, codec: str) -> FrameRow:
+    """The frame's row, and the same frame standing alone, with the whole model that it leaves behind."""
+    facts = {"base": None, "manifest": plan.manifest, "plan": rules, "codec": codec, "payload": payload}
+    keyframe = wire.encode(frame.model_copy(update=facts))
+    return replace(row, keyframe_codec=codec, keyframe_size=len(keyframe), keyframe=keyframe)
 
 
 def _delta_row(frame: ModelFrame, held: Held, *, at: float, model_digest: str, plan: Plan) -> FrameRow:

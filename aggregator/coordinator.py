@@ -233,7 +233,8 @@ class Coordinator:
         if frame.keyframe is None:
             frame, self._held = exact_keyframe(self._plan, self._held, body=frame.body or b"")
             with self._ledger.transaction():
-                self._ledger.add_keyframe(frame.number, codec=frame.keyframe_codec or "", body=frame.keyframe or b"")
+                codec, body = frame.keyframe_codec or "", frame.keyframe or b""
+                self._ledger.add_keyframe(frame.number, codec=codec, body=body, plan=frame.plan)
         return frame
 
     def goal_reached(self, accuracy: float | None = None) -> bool:

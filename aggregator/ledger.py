@@ -79,7 +79,7 @@ FRAMES = Table(
     Column("model_digest", String(64), nullable=False),  # of the model that it was made from
     Column("codec", String(64), nullable=False),  # of the payload
     Column("rounding", String(64)),
-    Column("plan", String(64), nullable=False),  # digest of the plan in force
+    Column("plan", String(64), nullable=False),  # digest of the plan in force; "" where a keyframe of it said another one
     Column("over", Boolean, nullable=False),
     Column("size", _Counter, nullable=False),  # of the body
     Column("log_bytes", _Counter, nullable=False),  # of the bodies of all delta frames up to this one
@@ -316,9 +316,9 @@ class Ledger:
             row = self._connection.execute(keyframes.order_by(BODIES.c.number.desc()).limit(1)).one_or_none()
         return None if row is None else (row.number, row.body)
 
-    def add_keyframe(self, number: int, *, codec: str, body: bytes) -> None:
+    def add_keyframe(self, number: int, *, codec: str, body: bytes, plan: str) -> None:
         """To a frame that had none. It stands for all earlier ones."""
-        facts = {"keyframe_codec": codec, "keyframe_size": len(body)}
+        facts = {"keyframe_codec": codec, "keyframe_size": len(body), "plan": plan}
         self._connection.execute(update(FRAMES).where(FRAMES.c.number == number).values(facts))
         self._connection.execute(insert(BODIES).values(kind="keyframe", number=number, body=body))
         self._drop_keyframes(before=number)

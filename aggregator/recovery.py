@@ -221,7 +221,10 @@ class _Bases:
         if model is None:
             model = self._model = self._begin(state, self._numbers)
         while self._number < number:
-            self._number = next(self._frames).number
+            frame = next(self._frames, None)
+            if frame is None:
+                raise DamagedError(f"{self._ledger.name}: frame {number} has lost its body; restore it from a backup")
+            self._number = frame.number
         return remember_base(strategy, state, broadcast=model.copy())
 
     def _begin(self, state: State, numbers: dict[int, int]) -> Vector:

@@ -132,10 +132,11 @@ class Aggregator:
                     backoff.reset()
                     await self._session(transport)
                     is_done = True
-            except* (BrokerUnavailableError, PublishTimeoutError, NotFoundError, QueueInUseError) as lost:
+            except* (BrokerUnavailableError, PublishTimeoutError, NotFoundError, QueueInUseError, UnroutableError) as lost:
                 if not was_up:
                     raise
-                # A broker that starts again may not know its vhost or queues for a while, or still know our last connection.
+                # A broker that starts again may not know its vhost or queues for a while, or still know our last connection. A
+                # log that somebody deleted takes no frame, and the next session declares it again.
                 log.warning("broker lost, trying again", reason=str(first_of(lost)), wait_s=round(backoff.next_s, 1))
                 # Not unless winding down: a federation that is over waits for its broker too, and must not do so without a pause.
                 await backoff.wait(unless=self._stopped)
@@ -303,7 +304,9 @@ class Aggregator:
         await self._publish_in_parts(transport, Message(self._names.model, frame.body or b"", "", message_id, headers))
 
     async def _publish_in_parts(self, transport: Transport, message: Message) -> None:
-        for part in split(message, part_bytes=self._pace.part_bytes, limit_bytes=self._pace.max_message_bytes):
+        parts = split(message, part_bytes=self._pace.part_bytes, limit_bytes=self._pace.max_message_bytes)
+        # In a thread: the first part comes when the digest of all of them is made.
+        while (part := await asyncio.to_thread(next, parts, None)) is not None:
             await transport.publish(part)
 
     async def _tell_published(self, transport: Transport, frame: FrameRow) -> None:

@@ -28,7 +28,7 @@ from aggregator.snapshots import Snapshots
 from benchmarks.report import parser, show
 from broker_fl.cli.logs import LogFormat, LogLevel, configure_logs
 from broker_fl.codecs.codec import encode, parse_codec
-from broker_fl.config import BrokerSettings, MergingSettings
+from broker_fl.config import BrokerSettings, CodecSettings, MergingSettings
 from broker_fl.database import sqlite_url
 from broker_fl.management import Management
 from broker_fl.parameters import digest, manifest_of
@@ -147,12 +147,18 @@ async def merge_rate(
     settings: BrokerSettings, case: Case, manifest: Manifest, encoded: list[bytes], folder: Path
 ) -> tuple[float, int]:
     """The whole aggregator, from its first message to its last acknowledgement; and the bytes of one message."""
+    codec = CodecSettings()
     plan = BroadcastPlan(
         federation=FEDERATION,
         ledger_id="0" * 32,
         manifest=manifest,
-        codec="bfloat16",
-        update_codec=case.codec,
+        down=codec.down,
+        keyframe=codec.keyframe,
+        keyframe_every_frames=codec.keyframe_every_frames,
+        up=case.codec,
+        warm_up_versions=0,
+        warm_up_density=codec.warm_up_density,
+        momentum_correction=0.0,
         training=TrainingPlan(),
         fraction=1.0,
         repeat=False,

@@ -275,10 +275,11 @@ def plot(rows: list[Row], file: Path) -> None:
     for axis, (task, partition) in zip(axes[0], panels, strict=True):
         for row in rows:
             if (row.task, row.partition) == (task, partition):
-                label = f"{row.strategy}: {row.codec_up} up, {row.codec_down} down ({row.percent_of_dense:.2g} %)"
-                points = [point for point in row.curve if point.bytes]
+                label = f"{row.strategy}: {row.codec_up} up, {row.codec_down} down ({row.percent_of_dense:.3g} %)"
+                points = [point for point in row.curve if point.version]
                 axis.plot([p.bytes / 1e6 for p in points], [100 * p.accuracy for p in points], label=label, linewidth=1.4)
         axis.set_xscale("log")
+        axis.set_ylim(bottom=max(0, 100 * max(row.dense_accuracy for row in rows if row.task == task) - 40))
         axis.set_title(f"{task}, {partition}, {len(PARTIES)} parties")
         axis.set_xlabel("MB up and down, all parties together")
         axis.set_ylabel("accuracy on held-out images, %")

@@ -154,6 +154,12 @@ class CodecSettings(Section):
             raise ValueError(f"a keyframe holds the whole model: {nearest(keyframe, KEYFRAME_CODECS)}")
         return keyframe
 
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.up_budget is not None and self.warm_up_versions:
+            raise ValueError("up_budget does not go with warm_up_versions, which begins with larger updates")
+        return self
+
 
 class AggregatorSettings(Section):
     state: Path = Path("broker-fl-state")
@@ -302,6 +308,8 @@ def _mistakes(exc: ValidationError) -> list[ErrorDetails]:
 
 def _said(mistake: ErrorDetails) -> str:
     path = [str(step) for step in mistake["loc"]]
+    if mistake["type"] in ("byte_size", "byte_size_unit"):
+        return f"{'.'.join(path)}: expected a size, as in 20kB or 1MiB"
     if mistake["type"] != "extra_forbidden":
         return f"{'.'.join(path)}: {mistake['msg'].removeprefix('Value error, ')}"
     if len(path) == 1:

@@ -12,7 +12,7 @@ from pydantic import SecretStr
 from broker_fl.config import BrokerSettings, Settings
 from broker_fl.errors import ConfigurationError, NotFoundError
 from broker_fl.management import Management
-from broker_fl.topology import Names, party, party_permissions, shared
+from broker_fl.topology import Names, party, party_permissions, shared_without_logs
 from schemas.ids import is_name
 
 
@@ -32,7 +32,7 @@ async def add_party(management: Management, settings: Settings, name: str) -> Se
             f"the broker has a user {name!r} already: `broker-fl party remove {name}` first, or choose another"
         )
     password = SecretStr(secrets.token_urlsafe(24))
-    await management.apply(shared(federation))
+    await management.apply(shared_without_logs(federation))
     await management.apply(party(federation, name))
     await management.put_user(name, password)
     await management.put_permissions(name, party_permissions(federation, name))

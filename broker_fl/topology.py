@@ -127,6 +127,18 @@ class Names:
 def shared(federation: str) -> Topology:
     """What all parties share."""
     names = Names(federation)
+    logs = Topology(
+        queues=(Queue(names.model_log, "stream"), Queue(names.keyframe_log, "stream")),
+        bindings=(Binding(names.model, names.model_log), Binding(names.keyframes, names.keyframe_log)),
+    )
+    without = shared_without_logs(federation)
+    return Topology(without.exchanges, without.queues + logs.queues, without.bindings + logs.bindings)
+
+
+def shared_without_logs(federation: str) -> Topology:
+    """What enrolment needs. The logs are left to the aggregator, which makes the policies first: the size of a log's segments is
+    fixed when the log is made, and only whole segments are ever dropped."""
+    names = Names(federation)
     return Topology(
         exchanges=(
             Exchange(names.model, "fanout"),
@@ -137,15 +149,9 @@ def shared(federation: str) -> Topology:
         ),
         queues=(
             Queue(names.updates, "quorum", {"x-single-active-consumer": True, "x-dead-letter-exchange": names.quarantine}),
-            Queue(names.model_log, "stream"),
-            Queue(names.keyframe_log, "stream"),
             Queue(names.quarantine, "classic"),
         ),
-        bindings=(
-            Binding(names.model, names.model_log),
-            Binding(names.keyframes, names.keyframe_log),
-            Binding(names.quarantine, names.quarantine),
-        ),
+        bindings=(Binding(names.quarantine, names.quarantine),),
     )
 
 

@@ -34,8 +34,9 @@ def test_importing_the_command_line_loads_no_torch(tmp_path):
 
 
 def test_pure_rooms_load_nothing_that_reaches_outside(tmp_path):
-    rooms = "schemas.update, schemas.frame, broker_fl.topology, broker_fl.codecs.codec, aggregator.merging.strategies"
-    loaded = _loaded_by(f"import {rooms}, aggregator.admission, workers.participation", tmp_path)
+    rooms = "schemas.update, schemas.frame, broker_fl.topology, broker_fl.codecs.codec, broker_fl.codecs.chain"
+    more = "broker_fl.codecs.budget, aggregator.merging.strategies, aggregator.admission, workers.encoding, workers.participation"
+    loaded = _loaded_by(f"import {rooms}, {more}", tmp_path)
     assert not loaded & {"torch", "aio_pika", "sqlalchemy", "httpx", "uvloop"}
 
 

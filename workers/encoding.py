@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import structlog
 
-from broker_fl.codecs.budget import encode_within, fitted
+from broker_fl.codecs.budget import encode_within, fitted, sparsest
 from broker_fl.codecs.codec import Codec, decode, encode, parse_codec
 from broker_fl.codecs.feedback import corrected, left_over, masked
 from broker_fl.errors import ConfigurationError
@@ -31,7 +31,9 @@ class Budget:
     """To send it, once the line is measured."""
 
     def seconds_bytes(self, uplink_bytes_per_s: float | None) -> int | None:
-        return None if self.seconds is None or uplink_bytes_per_s is None else int(self.seconds * uplink_bytes_per_s)
+        if self.seconds is None or uplink_bytes_per_s is None:
+            return None
+        return int(min(self.seconds * uplink_bytes_per_s, sys.maxsize))
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,10 +103,10 @@ def check_budget(budget: Budget, *, codec: str, manifest: Manifest, fields_bytes
     if budget.bytes is None or parsed.density is None:
         return
     try:
-        fitted(parsed, budget.bytes - fields_bytes, manifest=manifest)
+        fitted(parsed, max(0, budget.bytes - fields_bytes), manifest=manifest)
     except ConfigurationError as exc:
-        fields = f"{fields_bytes} of its {budget.bytes} bytes go to the other fields of an update"
-        raise ConfigurationError(f"[worker] budget: {fields}; {exc}") from exc
+        fields = f"{fields_bytes} bytes of an update go to its other fields, and {budget.bytes} are allowed"
+        raise ConfigurationError(f"[worker] budget: {fields}; for the rest, {exc}") from exc
 
 
 def _less(limit: int | None, taken: int) -> int | None:
@@ -132,8 +134,8 @@ def _within(
         if most_bytes is not None and min(limits) == most_bytes:
             raise
     # How fast the line was may change: that is an aim, and no reason to send nothing.
-    sparsest = codec.with_density(float(f"{0.5 / manifest.size:.0e}"))
     bound = sys.maxsize if most_bytes is None else most_bytes
-    payload, codec = encode_within(target, sparsest, bound, manifest=manifest, generator=generator)
+    least = sparsest(codec, manifest=manifest)
+    payload, codec = encode_within(target, least, bound, manifest=manifest, generator=generator)
     log.warning("no update is small enough for the time budget: the sparsest is sent", bytes=len(payload), budget=aim_bytes)
     return payload, codec

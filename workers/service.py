@@ -327,7 +327,9 @@ class Worker:
         )
         loop = asyncio.get_running_loop()
         began = loop.time()
-        for part in split(message, part_bytes=self._link.part_bytes, limit_bytes=self._link.max_message_bytes):
+        parts = split(message, part_bytes=self._link.part_bytes, limit_bytes=self._link.max_message_bytes)
+        # In a thread: the first part comes when the digest of all of them is made.
+        while (part := await asyncio.to_thread(next, parts, None)) is not None:
             await transport.publish(part)
         await self._in_outbox(self._mark_sent, stored, loop.time() - began)
 
@@ -365,7 +367,7 @@ class Worker:
             if result is None:
                 return
             await asyncio.sleep((self._throttle - 1) * (loop.time() - began))
-            if not (np.isfinite(result.mean_loss) and np.abs(result.delta).max() < _DIVERGED):
+            if await asyncio.to_thread(_has_diverged, result):
                 log.error("training diverged: nothing is sent, and the next model is waited for", version=received.version)
                 self._left_out = (received.ledger, received.version)
                 await self._in_outbox(self._count, {"trainings_diverged": 1})
@@ -446,6 +448,10 @@ class Worker:
 
     async def _in_outbox(self, call: Callable[..., Result], *arguments: object) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._outbox_thread, call, *arguments)
+
+
+def _has_diverged(result: TrainResult) -> bool:
+    return not (np.isfinite(result.mean_loss) and np.abs(result.delta).max() < _DIVERGED)
 
 
 def seed_of(party: str, sequence: int) -> int:

@@ -72,7 +72,8 @@ def built_aggregator(settings: Settings, connect: Connect) -> Iterator[BuiltAggr
     task = task_of(settings)
     _, manifest, model = initial(task, settings.task.data, settings.task.seed)
     if settings.codec.up_budget is not None:
-        up = fitted(up, settings.codec.up_budget, manifest=manifest)
+        with _named("[codec] up_budget"):
+            up = fitted(up, settings.codec.up_budget, manifest=manifest)
     limits = _limits(settings, manifest)
     state = settings.aggregator.state
     with ExitStack() as stack:
@@ -80,7 +81,8 @@ def built_aggregator(settings: Settings, connect: Connect) -> Iterator[BuiltAggr
         stack.enter_context(held_alone(state / "aggregator.lock", message=busy))
         ledger = stack.enter_context(open_ledger(sqlite_url(ledger_file(settings))))
         plan = _plan(settings, manifest, ledger_id=ledger.facts()["ledger_id"], up=up.name, down=down.name)
-        plan.at(0)  # A codec that cannot warm up is a mistake in the settings, to be told before anything is opened.
+        with _named("[codec] warm_up_versions"):
+            plan.at(0)  # A codec that cannot warm up is a mistake in the settings, to be told before anything is opened.
         rules = Rules(
             limits=limits,
             merging=settings.merging,
@@ -100,6 +102,15 @@ def built_aggregator(settings: Settings, connect: Connect) -> Iterator[BuiltAggr
             seconds=settings.aggregator.seconds,
         )
         yield BuiltAggregator(service, partial(coordinator.open, model), coordinator, manifest)
+
+
+@contextmanager
+def _named(keys: str) -> Iterator[None]:
+    """Mistakes that only show where several settings meet say which key asked for it."""
+    try:
+        yield
+    except ConfigurationError as exc:
+        raise ConfigurationError(f"{keys}: {exc}") from exc
 
 
 def _limits(settings: Settings, manifest: Manifest) -> Limits:

@@ -31,7 +31,7 @@ def fitted(codec: Codec, budget_bytes: int, *, manifest: Manifest) -> Codec:
     if codec.sparsifier is None:
         _expect_fit(codec, modelled_bytes(codec, manifest=manifest), budget_bytes)
         return codec
-    least = codec.with_density(_least_density(manifest))
+    least = sparsest(codec, manifest=manifest)
     _expect_fit(least, modelled_bytes(least, manifest=manifest), budget_bytes)
     return _densest(codec, budget_bytes, manifest=manifest)
 
@@ -51,9 +51,17 @@ def encode_within(
         # The model is about as wrong at the next density as it was at this one.
         ratio = modelled_bytes(codec, manifest=manifest) / len(payload) * _MARGIN**attempt
         denser = _densest(codec, int(budget_bytes * ratio), manifest=manifest)
-        codec = denser if attempt < _ATTEMPTS - 1 else codec.with_density(least)
+        codec = denser if attempt < _ATTEMPTS - 1 else sparsest(codec, manifest=manifest)
     _expect_fit(codec, len(payload), budget_bytes)
     return payload, codec
+
+
+def sparsest(codec: Codec, *, manifest: Manifest) -> Codec:
+    """The codec at a density that sends one element, of everything or of each tensor.
+
+    Raises ConfigurationError for a codec without a density.
+    """
+    return codec.with_density(_least_density(manifest))
 
 
 def warmed_up(codec: Codec, version: int, *, over_versions: int, from_density: float) -> Codec:

@@ -104,9 +104,13 @@ def top_k(parts: Sequence[Vector], k: int) -> Indices:
 def stratified(size: int, k: int, *, seed: int) -> Indices:
     """k of `size` ranks, ascending: stratum i is [i size / k, (i + 1) size / k), rounded down, and its element is the one at
     floor(h width / 2^32) of it, h the upper 32 bits of splitmix64's output i."""
-    edges = np.arange(k + 1, dtype=np.int64) * size // max(k, 1)
-    high = splitmix64(seed, start=0, count=k) >> np.uint64(32)
-    ranks: Indices = edges[:-1] + ((high * np.diff(edges).astype(np.uint64)) >> np.uint64(32)).astype(np.int64)
+    ranks = np.empty(k, dtype=np.int64)
+    for start in range(0, k, _CHUNK):
+        count = min(_CHUNK, k - start)
+        edges = np.arange(start, start + count + 1, dtype=np.int64) * size // k
+        high = splitmix64(seed, start=start, count=count) >> np.uint64(32)
+        high *= np.diff(edges).astype(np.uint64)
+        np.add(edges[:-1], (high >> np.uint64(32)).astype(np.int64), out=ranks[start : start + count])
     return ranks
 
 

@@ -23,6 +23,8 @@ from schemas.manifest import Manifest
 
 _PATIENCE_S = 30.0
 _LEAST_PENDING_BYTES = 1 << 20
+_LEAST_BYTES_PER_S = 4000
+"""What the slowest line gives: so much longer than its patience somebody waits for what a log has to send."""
 
 log = structlog.get_logger(__name__)
 
@@ -136,7 +138,7 @@ class Follower:
             return None
         steps = steps_from(held.number, came)
         if steps is None and not self._is_given_up(newest) and deltas_cost_less(held.log_bytes, newest):
-            steps = await self._steps_through_the_log(transport, held.number, came)
+            steps = await self._steps_through_the_log(transport, held, came)
             if steps is None:
                 log.warning("changes since the held frame are gone from the log", held=held.number, newest=newest.number)
         return None if steps is None else await self._applied(held, steps)
@@ -175,7 +177,7 @@ class Follower:
                 self._begun_otherwise = frame.facts.ledger
         if self._begun_otherwise == newest.ledger or not deltas_cost_less(0, newest):
             return None
-        steps = await self._steps_through_the_log(transport, 0, came)
+        steps = await self._steps_through_the_log(transport, None, came)
         return None if steps is None else await self._applied(None, steps)
 
     def _draws(self, announced: ModelFrame) -> bool:
@@ -189,7 +191,7 @@ class Follower:
     async def _from_keyframe(self, transport: Transport, keyframe: ReceivedModel, came: list[_Frame]) -> Progress | None:
         steps = steps_from(keyframe.number, came)
         if steps is None:
-            steps = await self._steps_through_the_log(transport, keyframe.number, came)
+            steps = await self._steps_through_the_log(transport, keyframe, came)
         if steps is None:
             log.error("changes since the keyframe are gone from the log", keyframe=keyframe.number, newest=came[-1].number)
             return None
@@ -209,22 +211,27 @@ class Follower:
             return advance(start, frames, manifest=self._manifest)
         return advance(received_by(frames[0], self._drawn(frames[0].rounding)), frames[1:], manifest=self._manifest)
 
-    async def _steps_through_the_log(self, transport: Transport, number: int, came: Sequence[_Frame]) -> list[_Frame] | None:
-        """What leads from this frame (0 is the model that the own seed draws) to the newest; None where some of it is gone."""
+    async def _steps_through_the_log(
+        self, transport: Transport, start: ReceivedModel | None, came: Sequence[_Frame]
+    ) -> list[_Frame] | None:
+        """What leads from there (None is the model that the own seed draws) to the newest; None where some of it is gone."""
         came = unbroken_end(came)
-        missing = await self._missing(transport, number, came[0])
-        if number > 0:
-            return steps_from(number, [*missing, *came])
+        missing = await self._missing(transport, start, came[0])
+        if start is not None:
+            return steps_from(start.number, [*missing, *came])
         if not missing:
             return None
         steps = steps_from(missing[0].number, [*missing[1:], *came])
         return None if steps is None else [missing[0], *steps]
 
-    async def _missing(self, transport: Transport, number: int, first: _Frame) -> list[_Frame]:
+    async def _missing(self, transport: Transport, start: ReceivedModel | None, first: _Frame) -> list[_Frame]:
         """What the model log holds from this frame on, to before `first`.
 
         The frame itself is among them: it may have been announced again later on, with another plan.
         """
+        number, log_bytes = (0, 0) if start is None else (start.number, start.log_bytes)
+        # A message comes whole or not at all: on a slow line a large one is long in coming, and the others share the line.
+        patience_s = self._patience_s + max(0, first.facts.log_bytes - log_bytes) / _LEAST_BYTES_PER_S
         found: list[_Frame] = []
         reading = read_from(
             transport, self._names.model_log, max(number, 1), near=first.place, name=self._name, traffic=self.traffic
@@ -232,10 +239,10 @@ class Follower:
         async with aclosing(reading) as broadcasts:
             while True:
                 try:
-                    async with asyncio.timeout(self._patience_s):
+                    async with asyncio.timeout(patience_s):
                         broadcast = await anext(broadcasts)
                 except TimeoutError:
-                    log.warning("the model log gives nothing more", wanted=first.number, waited_s=self._patience_s)
+                    log.warning("the model log gives nothing more", wanted=first.number, waited_s=round(patience_s, 1))
                     return found
                 for frame in await asyncio.to_thread(self._frames, [broadcast]):
                     if frame.facts.ledger != first.facts.ledger or frame.number < number:

@@ -458,7 +458,8 @@ def _received(notify: socket.socket) -> bytes:
 
 def _boot_error(what: str, folder: Path) -> LocalBrokerError:
     output = (folder / LOG_NAME).read_text(errors="replace")
-    taken = any(sign in output for sign in ("eaddrinuse", "dist_port_already_used"))
+    # Erlang says no more than "nodistribution" where its port was taken meanwhile, or epmd did not answer in time.
+    taken = any(sign in output for sign in ("eaddrinuse", "dist_port_already_used", "nodistribution"))
     kind = _PortTakenError if taken else LocalBrokerError
     return kind(f"{what}: {_why(output) or 'it said nothing'}")
 

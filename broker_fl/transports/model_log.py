@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import structlog
 
 from broker_fl.errors import DecodeError
-from broker_fl.transports.parts import Assembler, GapError, part_of
+from broker_fl.transports.parts import PART, Assembler, GapError, part_of
 from broker_fl.transports.transport import Delivery, Feed, Start, Transport
 
 NUMBER, KIND = "x-fl-number", "x-fl-kind"
@@ -20,9 +20,11 @@ NUMBER, KIND = "x-fl-number", "x-fl-kind"
 _BURST_S = 0.02
 """Frames that come within this time are one burst: they are followed in one go."""
 
-_LEAST_SLACK = 2
-_REWINDS: tuple[int | None, ...] = (1, 4, 16, None)
-"""How far to go back where a log was entered too late, as multiples of the expected distance; None is its beginning."""
+_SLACK = 4
+"""Messages to go back further than computed: offsets skip one where a segment begins, and frames may have come twice."""
+
+_REWINDS: tuple[int | None, ...] = (0, 1, 4, 16, None)
+"""How far to go back where a log was entered too late: as computed, with slack, multiples of that; None is its beginning."""
 
 log = structlog.get_logger(__name__)
 
@@ -43,9 +45,9 @@ class Place:
         return self.number >= number and self.part > 0
 
     def before(self, number: int, *, times: int) -> int:
-        """An offset that should lie before this frame. Frames may have come twice, and offsets have gaps: hence a third more."""
+        """An offset that should lie at the start of this frame or before it."""
         messages = max(0, self.number - number) * self.parts + self.part
-        return max(0, self.offset - times * (messages + messages // 3 + _LEAST_SLACK))
+        return max(0, self.offset - max(1, times) * messages - times * _SLACK)
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +231,9 @@ class _Reader:
             delivery = await self._feed.receive()
             body, is_gap, damage = None, False, ""
             try:
-                body = self._assembler.add(delivery)
+                # In a thread: the last part is followed by the digest of all of them.
+                is_part = PART in delivery.headers
+                body = await asyncio.to_thread(self._assembler.add, delivery) if is_part else delivery.body
             except GapError:
                 is_gap = True
             except DecodeError as exc:

@@ -144,7 +144,9 @@ def test_a_follower_computes_the_very_bits_of_every_frame(down, keyframe, every,
             assert (whole.keyframe, whole.log_bytes) == (newest, frame.log_bytes)
             assert (whole.manifest, whole.plan) == (MANIFEST, plan.at(version))
         assert frame.keyframe == held.keyframe == newest
-        assert frame.rounding == (None if row.keyframe is None or keyframe == "float32" else keyframe)
+        # A repeat changes nothing: its keyframe is exact.
+        rounds = row.keyframe is not None and keyframe != "float32" and step > 0
+        assert frame.rounding == (keyframe if rounds else None)
 
 
 def test_a_change_names_its_base_and_leaves_out_what_its_receiver_knows():
@@ -239,6 +241,24 @@ def test_a_keyframe_that_was_due_at_a_repeat_comes_with_the_next_change():
     plan = replace(PLAN, keyframe_every_frames=2)
     rows, _ = _chain(1, 1, 1, 2, 3, plan=plan)
     assert [row.number for row in rows if row.keyframe is not None] == [1, 5]
+
+
+@pytest.mark.parametrize("keyframe", KEYFRAMES)
+def test_repeats_that_cost_more_than_a_model_come_with_one_to_the_last_bit(keyframe):
+    plan = replace(PLAN, keyframe=keyframe)
+    rows, held = _chain(1, *[1] * 60, plan=plan)
+    whole = [row for row in rows[1:] if row.keyframe is not None]
+    assert whole
+    for row in whole:
+        frame, standing = _opened(row), _whole(row)
+        assert (frame.payload, frame.rounding, frame.digest) == (b"", None, rows[1].digest)
+        assert whole_model(standing, manifest=MANIFEST).tobytes() == held.model.tobytes()
+        assert frame.keyframe == standing.keyframe
+        assert (frame.keyframe.number, frame.keyframe.bytes) == (row.number, len(standing.payload))
+        assert (row.keyframe_codec, row.keyframe_size) == (standing.codec, len(row.keyframe))
+    for earlier, later in pairwise([rows[0], *whole]):
+        assert rows[later.number - 2].log_bytes - _whole(earlier).log_bytes > _whole(earlier).keyframe.bytes
+        assert rows[later.number - 3].log_bytes - _whole(earlier).log_bytes <= _whole(earlier).keyframe.bytes
 
 
 def test_another_codec_of_the_settings_takes_effect_at_the_next_frame():

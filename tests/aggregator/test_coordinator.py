@@ -414,6 +414,25 @@ def test_newest_frame_stands_alone_with_an_exact_keyframe_that_is_kept(bench):
     assert number == 7
 
 
+def test_plan_that_only_an_announcement_said_is_taken_back_by_the_next_frame(bench):
+    first, other = TrainingPlan(epochs=1), TrainingPlan(epochs=2)
+    with bench.opened(training=first) as coordinator:
+        decide(bench, coordinator, bench.update(base=bench.frames()[0]))
+        bench.publish(coordinator)
+    with bench.coordinator(training=other) as coordinator:
+        coordinator.open(bench.initial)
+        announced = wire.decode(ModelFrame, coordinator.standing_alone().keyframe)
+        assert announced.plan.training == other
+        # Killed before its next frame; and the operator goes back to the settings before.
+    with bench.coordinator(training=first) as coordinator:
+        coordinator.open(bench.initial)
+        coordinator.tick()
+        (row,) = bench.publish(coordinator)
+        assert wire.decode(ModelFrame, row.body).plan.training == first
+        coordinator.tick()
+        assert coordinator.unpublished() is None
+
+
 def test_nothing_stands_alone_before_the_first_frame(bench):
     with bench.coordinator() as coordinator:
         coordinator.open(bench.initial)

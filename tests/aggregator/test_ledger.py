@@ -284,10 +284,11 @@ def test_keyframe_that_a_frame_gets_later_stands_for_those_before_it(ledger):
     add_frames(ledger, with_keyframe(1), frame(2))
     publish(ledger, 1, 2)
     with ledger.transaction():
-        ledger.add_keyframe(2, codec="int8", body=b"later")
+        ledger.add_keyframe(2, codec="int8", body=b"later", plan="")
     assert ledger.newest_keyframe() == (2, b"later")
     row = ledger.with_bodies(ledger.last_frame())
     assert (row.keyframe_codec, row.keyframe_size, row.keyframe, row.body) == ("int8", 5, b"later", b"frame")
+    assert row.plan == ""
     assert ledger.with_bodies(ledger.frames_from(0)[0]).keyframe is None
 
 

@@ -431,6 +431,22 @@ async def test_newcomer_begins_where_both_logs_were_lost(ward):
         assert running.coordinator.version == 4
 
 
+async def test_log_that_was_deleted_under_the_aggregator_is_made_again_and_a_newcomer_begins(ward):
+    rules = {"down": "topk:0.1+int4", "keyframe": "int8"}
+    async with ward.running(**rules) as running, ward.events("frame.published") as onlooker:
+        async with ward.party() as ann:
+            base = (await ann.frame()).frame
+        for queue in (ward.names.model_log, ward.names.keyframe_log):
+            ward.broker.delete_queue(queue)
+        async with ward.broker.connect("ann", user="ann") as transport:
+            await transport.publish(ward.bench.message(ward.bench.update(base=base)))
+        while (await onlooker.next("frame.published")).facts["number"] < 2:
+            pass
+        async with ward.party("bob") as bob:
+            assert (await bob.frame()).frame.version == 1
+        assert running.coordinator.version == 1
+
+
 async def test_headers_say_what_a_message_holds(ward):
     async with ward.broker.connect("operator") as transport, ward.running(down="topk:0.1+int8") as running, ward.party() as ann:
         base = (await ann.frame()).frame

@@ -70,6 +70,16 @@ def test_flushes_buffers_and_changes_of_strategy_are_verified(bench):
     assert found.model_digest == model
 
 
+def test_lost_body_is_named_where_replay_needs_the_frames_as_bases(bench):
+    with bench.opened(merging=MergingSettings(mode="mixing")) as coordinator:
+        for seed in range(2):
+            coordinator.decide([bench.arrival(bench.update(base=bench.frames()[-1], seed=seed))])
+            bench.publish(coordinator)
+    _change(bench, "DELETE FROM bodies WHERE kind = 'frame' AND number = 3")
+    with pytest.raises(DamagedError, match="frame 3 has lost its body"):
+        _verify(bench)
+
+
 def test_empty_ledger_holds_no_federation(bench):
     with bench.ledger() as ledger, pytest.raises(DamagedError, match="holds no federation yet"):
         manifest_of_ledger(ledger)

@@ -307,3 +307,24 @@ def test_the_choices_that_the_template_names_are_all_that_there_are():
     choices = {key: set(line.split(" | ")) for key, line in named}
     assert choices["strategy"] == set(get_args(MergingSettings.model_fields["strategy"].annotation))
     assert choices["optimizer"] == set(get_args(TrainingPlan.model_fields["optimizer"].annotation))
+
+
+@pytest.mark.parametrize("wrong", ["banana", "5 parsecs", ""])
+def test_a_size_that_is_none_is_told_by_an_example(wrong):
+    with pytest.raises(ConfigurationError, match=r"worker\.budget: expected a size, as in 20kB or 1MiB"):
+        load_settings(flags={"worker": {"budget": wrong}}, environment={})
+
+
+def test_sizes_are_read_with_their_units():
+    settings = load_settings(flags={"worker": {"budget": "20kB"}, "codec": {"up_budget": "1MiB"}}, environment={})
+    assert (settings.worker.budget, settings.codec.up_budget) == (20_000, 1 << 20)
+
+
+def test_a_budget_does_not_go_with_a_warm_up():
+    with pytest.raises(ConfigurationError, match="up_budget does not go with warm_up_versions"):
+        load_settings(flags={"codec": {"up_budget": "20kB", "warm_up_versions": 10}}, environment={})
+
+
+def test_a_keyframe_in_a_codec_that_nobody_can_round_by_is_named():
+    with pytest.raises(ConfigurationError, match=r"codec\.keyframe: .*int8"):
+        load_settings(flags={"codec": {"keyframe": "int4"}}, environment={})

@@ -70,11 +70,21 @@ async def test_enrolled_party_logs_in_by_its_file_with_the_rights_of_a_party(off
     await office.enrol(bob)
     assert (enrolled.worker.party, enrolled.broker.user(), enrolled.federation.name) == (alice, alice, "digits")
     async with amqp_connect(office.settings.broker)("admin") as admin:
+        await admin.declare(shared("digits"))
         await admin.publish(Message(NAMES.receipts, b"receipt", routing_key=alice))
     async with amqp_connect(enrolled.broker)("worker") as party:
         await party.publish(Message(NAMES.up(alice), b"update"))
         async with party.consume(NAMES.inbox(alice), prefetch=1, name="worker", exclusive=True) as inbox:
             assert (await take(inbox)).body == b"receipt"
+        for exchange, log in ((NAMES.model, NAMES.model_log), (NAMES.keyframes, NAMES.keyframe_log)):
+            async with party.follow(log, start="last", name="worker") as frames:
+                async with amqp_connect(office.settings.broker)("admin") as admin:
+                    await admin.publish(Message(exchange, log.encode()))
+                assert (await take(frames)).body == log.encode()
+            # A refusal closes the channel that was published on.
+            async with amqp_connect(enrolled.broker)("forger") as forger:
+                with pytest.raises(AccessRefusedError):
+                    await forger.publish(Message(exchange, b"forged"))
         with pytest.raises(AccessRefusedError):
             async with party.consume(NAMES.inbox(bob), prefetch=1, name="worker"):
                 pass
@@ -265,3 +275,11 @@ def test_file_that_exists_is_never_written_over(tmp_path):
 def test_file_that_cannot_be_written_is_a_configuration_error(tmp_path):
     with pytest.raises(ConfigurationError, match="cannot be written"):
         written(tmp_path / "nowhere" / "alice.toml", settings_for(url=ADMINISTRATOR))
+
+
+async def test_enrolment_leaves_the_logs_to_the_aggregator_which_makes_their_policies_first(office):
+    """The size of a log's segments is fixed when it is made, and only whole segments are ever dropped."""
+    await office.enrol(new_name("alice"))
+    made = {queue.name for queue in await office.management.queues("fl.digits.")}
+    assert NAMES.updates in made
+    assert not made & {NAMES.model_log, NAMES.keyframe_log}

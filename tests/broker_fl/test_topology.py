@@ -48,11 +48,15 @@ def test_updates_wait_in_a_quorum_queue_with_one_consumer_and_a_way_out_for_what
     }
 
 
-def test_the_model_goes_through_a_fanout_exchange_into_a_stream():
+@pytest.mark.parametrize(
+    ("exchange", "log"), [(NAMES.model, NAMES.model_log), (NAMES.keyframes, NAMES.keyframe_log)], ids=["frames", "keyframes"]
+)
+def test_frames_and_keyframes_go_through_a_fanout_exchange_into_a_stream_of_their_own(exchange, log):
     topology = shared("hospitals")
-    assert {exchange.name: exchange.kind for exchange in topology.exchanges}[NAMES.model] == "fanout"
-    assert {queue.name: queue.kind for queue in topology.queues}[NAMES.model_log] == "stream"
-    assert (NAMES.model, NAMES.model_log) in {(binding.exchange, binding.queue) for binding in topology.bindings}
+    assert {declared.name: declared.kind for declared in topology.exchanges}[exchange] == "fanout"
+    assert {queue.name: queue.kind for queue in topology.queues}[log] == "stream"
+    assert {binding.exchange for binding in topology.bindings if binding.queue == log} == {exchange}
+    assert {binding.queue for binding in topology.bindings if binding.exchange == exchange} == {log}
 
 
 def test_a_party_has_a_fanout_exchange_into_the_updates_queue_and_an_inbox_by_its_name():
@@ -78,10 +82,10 @@ def test_a_party_writes_to_its_own_exchange_alone(name):
         assert not _allowed(write, other)
 
 
-def test_a_party_reads_the_model_log_and_its_own_inbox_alone():
+def test_a_party_reads_the_two_logs_of_the_model_and_its_own_inbox_alone():
     read = party_permissions("hospitals", "a").read
     may = {name for name in [*_everything(), NAMES.inbox("a"), NAMES.inbox("a2"), NAMES.inbox("")] if _allowed(read, name)}
-    assert may == {NAMES.model_log, NAMES.inbox("a")}
+    assert may == {NAMES.model_log, NAMES.keyframe_log, NAMES.inbox("a")}
 
 
 def test_the_party_of_an_exchange_is_found():
@@ -96,6 +100,7 @@ def test_each_policy_holds_for_the_queues_that_it_is_named_after(federation):
     queues = {
         "updates": names.updates,
         "model.log": names.model_log,
+        "keyframes.log": names.keyframe_log,
         "quarantine": names.quarantine,
         "inbox": names.inbox("a"),
     }
@@ -107,18 +112,20 @@ def test_each_policy_holds_for_the_queues_that_it_is_named_after(federation):
 def test_a_policy_does_not_reach_into_another_federation():
     for policy in policies("a", model_bytes=1000):
         for names in (Names("b"), Names("aa"), Names("a-b")):
-            assert not any(_allowed(policy.pattern, name) for name in (names.updates, names.model_log, names.inbox("a")))
+            queues = (names.updates, names.model_log, names.keyframe_log, names.inbox("a"))
+            assert not any(_allowed(policy.pattern, name) for name in queues)
 
 
 def test_a_party_named_like_a_queue_gets_the_policy_of_an_inbox_alone():
-    for name in ("updates", "quarantine", "log"):
+    for name in ("updates", "quarantine", "log", "keyframes"):
         inbox = NAMES.inbox(name)
         held = [policy.name for policy in policies("hospitals", model_bytes=1000) if _allowed(policy.pattern, inbox)]
         assert held == ["fl.hospitals.inbox"]
 
 
 @pytest.mark.parametrize("model_bytes", [1, 1 << 20, 40 << 20])
-def test_the_model_log_keeps_several_broadcasts(model_bytes):
-    (policy,) = (policy for policy in policies("hospitals", model_bytes=model_bytes) if "model.log" in policy.name)
-    assert policy.definition["max-length-bytes"] >= 8 * model_bytes
+@pytest.mark.parametrize(("log", "models"), [("model.log", 8), ("keyframes.log", 4)])
+def test_the_logs_keep_as_many_bytes_as_several_models(model_bytes, log, models):
+    (policy,) = (policy for policy in policies("hospitals", model_bytes=model_bytes) if policy.name.endswith(log))
+    assert policy.definition["max-length-bytes"] >= models * model_bytes
     assert policy.definition["stream-max-segment-size-bytes"] >= model_bytes

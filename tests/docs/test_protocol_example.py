@@ -1,34 +1,38 @@
-"""The worked example of docs/protocol.md, made again by the code; and a decoder written from the document, against the code's."""
+"""The worked example of docs/protocol.md, made again by the code, and by what was written from the document alone."""
 
 import hashlib
 import re
 import struct
 import tomllib
-from pathlib import Path
 
+import by_the_document
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from by_the_document import DOCUMENT, as_bits
 
+from broker_fl.codecs.chain import rounded
 from broker_fl.codecs.codec import decode, encode, parse_codec
+from broker_fl.codecs.entropy import encode_symbols
 from broker_fl.codecs.indices import decode_indices
+from broker_fl.codecs.reader import Reader
+from broker_fl.codecs.rotation import eden
+from broker_fl.codecs.sparsify import stratified
+from broker_fl.codecs.splitmix import splitmix64
 from broker_fl.parameters import digest
 from schemas import wire
 from schemas.manifest import Manifest, TensorSpec
 from schemas.update import ModelUpdate
 from workers.participation import is_selected
 
-DOCUMENT = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text(encoding="utf-8")
 EXAMPLE = tomllib.loads(re.search(r"```toml\n(.*?)```", DOCUMENT, re.DOTALL).group(1))
 MANIFEST = Manifest(tensors=tuple(TensorSpec(**{**tensor, "shape": tuple(tensor["shape"])}) for tensor in EXAMPLE["tensors"]))
 CODEC = parse_codec(EXAMPLE["codec"])
 PAYLOAD = b"".join(
     bytes.fromhex(EXAMPLE[section][key])
     for section, key in [
-        ("indices", "header"),
-        ("indices", "planes"),
-        ("indices", "high_stream"),
+        ("choice", "header"),
+        ("choice", "planes"),
+        ("choice", "high_stream"),
         ("values", "small"),
         ("values", "large"),
     ]
@@ -68,18 +72,18 @@ def test_the_pieces_decode_to_the_values():
     assert digest(decoded.dense()) == EXAMPLE["frame"]["digest"]
 
 
-def test_the_gaps_and_their_halves_are_those_of_the_indices():
-    indices = decode_indices(PAYLOAD, size=MANIFEST.size).indices
-    gaps = [int(gap) - 1 for gap in np.diff(indices, prepend=-1)]
-    assert gaps == EXAMPLE["indices"]["gaps"]
-    assert [gap % 128 for gap in gaps] == EXAMPLE["indices"]["low"]
-    assert [gap // 128 for gap in gaps] == EXAMPLE["indices"]["high"]
+def test_the_gaps_and_their_halves_are_those_of_the_ranks():
+    ranks = decode_indices(Reader(PAYLOAD), size=1320)
+    gaps = [int(gap) - 1 for gap in np.diff(ranks, prepend=-1)]
+    assert gaps == EXAMPLE["choice"]["gaps"]
+    assert [gap % 128 for gap in gaps] == EXAMPLE["choice"]["low"]
+    assert [gap // 128 for gap in gaps] == EXAMPLE["choice"]["high"]
 
 
 def test_the_roundings_are_those_of_the_seed():
-    drawn = np.random.default_rng(EXAMPLE["seed"]).random(2048, dtype=np.float32)
-    assert drawn[:3].tolist() == EXAMPLE["values"]["u_small"]
-    assert drawn[1024:1029].tolist() == EXAMPLE["values"]["u_large"]
+    drawn = np.random.default_rng(EXAMPLE["seed"])
+    for key, count in (("u_small", 3), ("u_large", 5)):
+        assert drawn.random(count, dtype=np.float32).tolist() == EXAMPLE["values"][key]
 
 
 def test_the_message_is_the_bytes():
@@ -100,70 +104,46 @@ def test_the_participant_is_drawn_by_the_hash():
         assert found is expected
 
 
-def _values_by_the_document(data: bytes, quantizer: str, n: int) -> tuple[list[float], int]:
-    """And how many bytes they took."""
-    if quantizer == "float32":
-        return list(struct.unpack_from(f"<{n}f", data)), 4 * n
-    if quantizer == "bfloat16":
-        return [struct.unpack("<f", b"\x00\x00" + data[2 * i : 2 * i + 2])[0] for i in range(n)], 2 * n
-    blocks = -(-n // 1024)
-    scales = struct.unpack_from(f"<{blocks}f", data)
-    if quantizer == "int8":
-        codes, used = struct.unpack_from(f"<{n}b", data, 4 * blocks), n
-    else:
-        packed, used = data[4 * blocks :], (n + 1) // 2
-        codes = [(packed[i // 2] >> 4 if i % 2 == 0 else packed[i // 2] & 15) - 8 for i in range(n)]
-    return [float(np.float32(code) * np.float32(scales[i // 1024])) for i, code in enumerate(codes)], 4 * blocks + used
-
-
-def _indices_by_the_document(data: bytes) -> tuple[list[int], int]:
-    k, r, h = struct.unpack_from("<IBI", data)
-    bits = [byte >> 7 - bit & 1 for byte in data[9:] for bit in range(8)]
-    plane = 8 * -(-k // 8)
-    low = [sum(bits[b * plane + j] << b for b in range(r)) for j in range(k)]
-    indices, at, previous = [], r * plane, -1
-    for j in range(k):
-        high = bits.index(1, at) - at
-        at += high + 1
-        previous += (high << r) + low[j] + 1
-        indices.append(previous)
-    return indices, 9 + r * plane // 8 + h
-
-
-def _decoded_by_the_document(payload: bytes, name: str, manifest: Manifest) -> list[float]:
-    sparsifier, _, quantizer = name.rpartition("+")
-    if not sparsifier:
-        values, used = _values_by_the_document(payload, quantizer, manifest.size)
-        assert used == len(payload)
-        return values
-    indices, start = _indices_by_the_document(payload)
-    small = [e for t in manifest.tensors if t.size <= 1024 for e in range(t.offset, t.offset + t.size)]
-    of_small, used = _values_by_the_document(payload[start:], "int8" if quantizer == "int4" else quantizer, len(small))
-    of_large, rest = _values_by_the_document(payload[start + used :], quantizer, len(indices))
-    assert start + used + rest == len(payload)
-    vector = [0.0] * manifest.size
-    for element, value in zip([*small, *indices], [*of_small, *of_large], strict=True):
-        vector[element] = value
-    return vector
-
-
 def test_the_document_alone_is_enough_to_decode_the_example():
-    assert _decoded_by_the_document(PAYLOAD, EXAMPLE["codec"], MANIFEST) == _vector(EXAMPLE["decoded"]).tolist()
+    found = by_the_document.decoded(PAYLOAD, EXAMPLE["codec"], [tensor.size for tensor in MANIFEST.tensors])
+    expected = {int(element): value for element, value in EXAMPLE["decoded"].items()}
+    assert as_bits(found.values()) == as_bits(expected[element] for element in found)
+    assert set(found) == set(expected)
 
 
-@pytest.mark.parametrize("quantizer", ["float32", "bfloat16", "int8", "int4"])
-@pytest.mark.parametrize("sparsifier", ["", "topk:0.01+", "topk:0.7+"])
-@settings(deadline=None, max_examples=5, suppress_health_check=[HealthCheck.too_slow])
-@given(seed=st.integers(0, 2**32), sizes=st.lists(st.integers(1, 1500), min_size=1, max_size=3))
-def test_the_document_alone_is_enough_to_decode_what_the_code_encodes(sparsifier, quantizer, seed, sizes):
-    offsets = np.cumsum([0, *sizes]).tolist()
-    tensors = [TensorSpec(name=str(i), shape=(size,), offset=offsets[i]) for i, size in enumerate(sizes)]
-    manifest = Manifest(tensors=tuple(tensors))
-    generator = np.random.default_rng(seed)
-    vector = generator.normal(size=manifest.size).astype(np.float32)
-    name = sparsifier + quantizer
-    payload = encode(vector, parse_codec(name), manifest=manifest, generator=generator)
-    assert (
-        _decoded_by_the_document(payload, name, manifest)
-        == decode(payload, parse_codec(name), manifest=manifest).dense().tolist()
-    )
+def test_the_outputs_of_splitmix64_and_what_they_draw_are_those_of_the_seed():
+    seed, outputs = EXAMPLE["splitmix64"]["seed"], EXAMPLE["splitmix64"]["outputs"]
+    assert [f"{int(output):016x}" for output in splitmix64(seed, start=0, count=len(outputs))] == outputs
+    assert [f"{by_the_document.splitmix64(seed, i):016x}" for i in range(len(outputs))] == outputs
+    drawn = EXAMPLE["splitmix64"]["drawn"]
+    assert stratified(1320, 5, seed=seed).tolist() == by_the_document.drawn(seed, 5, 1320) == drawn
+
+
+def test_the_symbols_are_coded_to_the_bytes():
+    symbols = np.ones(200, np.uint8)
+    symbols[[20, 77, 150]] = 0
+    payload, ans = encode_symbols(symbols, alphabet=2), EXAMPLE["ans"]
+    assert payload.hex() == bytes.fromhex(ans["symbols"]).hex()
+    assert (ans["first"], ans["last"]) == (payload[1], payload[2])
+    assert ans["weights"] == [by_the_document.weight(byte) for byte in payload[3:5]]
+    assert ans["frequencies"] == by_the_document.frequencies(payload[3:5])
+    assert by_the_document.ans_encoded(symbols.tolist(), 0, payload[3:5]) == payload
+
+
+def test_the_rotated_values_are_the_bytes_and_decode():
+    example = EXAMPLE["eden"]
+    payload = eden(2).encode(np.array(example["values"], np.float32), np.random.default_rng(EXAMPLE["seed"]))
+    assert payload.hex() == bytes.fromhex(example["bytes"]).hex()
+    assert eden(2).decode(Reader(payload), 3).tolist() == example["decoded"]
+    assert by_the_document.values(by_the_document.Bytes(payload), "eden:2", 3) == example["decoded"]
+
+
+@pytest.mark.parametrize(("codec", "code"), [("float16", "<4H"), ("bfloat16", "<4H"), ("int8", "<5x4B")])
+def test_the_vector_is_rounded_to_the_bits(codec, code):
+    vector = np.array(EXAMPLE["rounding"]["vector"], np.float32)
+    assert vector.tolist() == EXAMPLE["rounding"]["vector"]
+    manifest = Manifest(tensors=(TensorSpec(name="a", shape=(4,), offset=0),))
+    payload, held = rounded(vector, codec, manifest=manifest)
+    found = list(struct.unpack(code, payload))
+    assert (found if codec == "int8" else [f"{bits:04x}" for bits in found]) == EXAMPLE["rounding"][codec]
+    assert as_bits(by_the_document.rounded(vector.tolist(), codec)) == as_bits(held.tolist())

@@ -1,24 +1,39 @@
 """The tables of docs/protocol.md against the code."""
 
 import re
-from pathlib import Path
 from typing import get_args
 
+import numpy as np
 import pytest
+from by_the_document import CENTROIDS, DOCUMENT
 
-from broker_fl.codecs.codec import SMALL_TENSOR
-from broker_fl.codecs.quantize import BLOCK, QUANTIZERS
-from broker_fl.topology import Names, party, party_permissions, shared
+from aggregator.admission import MAX_MAGNITUDE, Limits, Refused
+from aggregator.broadcast import BroadcastPlan, make_frame
+from aggregator.decisions import Verdict
+from aggregator.service import Aggregator, Pace
+from broker_fl.codecs import rotation
+from broker_fl.codecs.codec import MAX_NAME, SMALL_TENSOR, parse_codec
+from broker_fl.codecs.entropy import ANS, FIXED, PRECISION
+from broker_fl.codecs.indices import GAPS, MAX_RICE_BITS
+from broker_fl.codecs.quantize import BLOCK
+from broker_fl.codecs.registry import QUANTIZERS, SPARSIFIERS
+from broker_fl.config import KEYFRAME_CODECS, Settings
+from broker_fl.parameters import manifest_of
+from broker_fl.topology import MIB, Names, party, party_permissions, policies, shared
+from broker_fl.transports import model_log
 from broker_fl.transports.parts import PART, PARTS, SHA256, SIZE
+from broker_fl.transports.transport import Delivery
+from schemas import wire
 from schemas.event import Event, EventKind, UpdateFacts
-from schemas.frame import ModelFrame, TrainingPlan
+from schemas.frame import KeyframePlace, ModelFrame, Plan, TrainingPlan
 from schemas.ids import NAME_PATTERN
 from schemas.manifest import Manifest, TensorSpec
 from schemas.receipt import Reason, Receipt
 from schemas.update import ModelUpdate
 from schemas.wire import MAX_CONTAINER_LENGTH
+from workers import service as worker
+from workers.outbox import StoredUpdate, open_outbox
 
-DOCUMENT = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text(encoding="utf-8")
 NAMES = Names("F")
 
 
@@ -28,6 +43,7 @@ def _tables() -> dict[tuple[str, str], dict[str, list[str]]]:
     for title, text in re.findall(r"^##+ ([^:\n]+).*?\n(.*?)(?=^##|\Z)", DOCUMENT, re.DOTALL | re.MULTILINE):
         for block in re.findall(r"(?:^\|.*\|\n)+", text, re.MULTILINE):
             heading, _, *rows = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in block.splitlines()]
+            assert all(len(row) == len(heading) for row in rows), heading
             found[title, heading[0]] = {row[0].strip("`"): row[1:] for row in rows}
     return found
 
@@ -37,6 +53,8 @@ TABLES = _tables()
 MESSAGES = [
     (ModelUpdate, "ModelUpdate", "field"),
     (ModelFrame, "ModelFrame", "field"),
+    (KeyframePlace, "ModelFrame", "field of KeyframePlace"),
+    (Plan, "ModelFrame", "field of Plan"),
     (Manifest, "Manifest and TensorSpec", "field of Manifest"),
     (TensorSpec, "Manifest and TensorSpec", "field of TensorSpec"),
     (TrainingPlan, "TrainingPlan", "field"),
@@ -44,6 +62,7 @@ MESSAGES = [
     (Event, "Event", "field"),
     (UpdateFacts, "Event", "field of UpdateFacts"),
 ]
+PATTERNS = {"name": NAME_PATTERN, "id": "^[0-9a-f]{32}$", "digest": "^[0-9a-f]{64}$"}
 
 
 @pytest.mark.parametrize(("message", "section", "heading"), MESSAGES)
@@ -60,11 +79,84 @@ def test_every_default_is_documented(message, section, heading):
         assert field.is_required() or str(field.default) == str(shown), name
 
 
-def test_every_reason_and_kind_is_documented():
+@pytest.mark.parametrize(("message", "section", "heading"), MESSAGES)
+def test_every_type_is_documented_with_its_bounds(message, section, heading):
+    properties = message.model_json_schema()["properties"]
+    for name, (documented, _, _) in TABLES[section, heading].items():
+        stated = _stated(properties[name])
+        assert documented.endswith(" or nil") == stated["nil"], name
+        assert _documented_type(documented) == stated["type"], name
+        assert _documented_numbers(documented) == stated["numbers"], name
+
+
+def _stated(schema: dict) -> dict:
+    options = schema.get("anyOf", [schema])
+    (option,) = [option for option in options if option.get("type") != "null"]
+    bounds = ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum", "minLength", "maxLength", "minItems", "maxItems")
+    numbers = {option[key] for key in (*bounds, "maxProperties") if key in option}
+    if isinstance(option.get("items"), dict):
+        numbers |= {option["items"][key] for key in bounds if key in option["items"]}
+    kind = option.get("$ref", "").rpartition("/")[2] or option.get("type")
+    if "enum" in option or "const" in option:
+        kind = "literal"
+    elif kind == "string":
+        known = {pattern: name for name, pattern in PATTERNS.items()}
+        kind = "binary" if option.get("format") == "binary" else known.get(option.get("pattern"), "string")
+    return {"type": kind, "nil": len(options) > 1, "numbers": numbers}
+
+
+def _documented_type(documented: str) -> str:
+    kinds = {
+        "text": "string",
+        "bool": "boolean",
+        "count": "integer",
+        "list": "array",
+        "map": "object",
+        "one": "literal",
+        "1": "integer",
+    }
+    first = re.split(r"[ ,]", documented)[0]
+    if first.startswith("`"):
+        return "literal"
+    return "integer" if re.match(r"\d+ to ", documented) else kinds.get(first, first)
+
+
+def _documented_numbers(documented: str) -> set[float]:
+    """What JSON Schema would say: a count is below 2^53, and from 0 where nothing else is said."""
+    text = re.sub(r"`.*?`", "", documented)
+    numbers = {float(number.replace(",", "")) for number in re.findall(r"(?<!\^)\b\d[\d,]*\b(?!\^)", text)}
+    numbers |= {float(int(base) ** int(power)) for base, power in re.findall(r"(\d+)\^(\d+)", text)}
+    if text.startswith("count"):
+        numbers |= {2.0**53} | (set() if "from" in text else {0.0})
+    return numbers
+
+
+def test_every_reason_kind_and_codec_is_documented():
     assert set(TABLES["The life of an update", "reason"]) == set(get_args(Reason))
     assert set(TABLES["Event", "kind"]) == set(get_args(EventKind))
-    assert set(TABLES["Codecs", "quantizer"]) == set(QUANTIZERS)
     assert list(TABLES["Parts", "header"]) == [PART, PARTS, SIZE, SHA256]
+    assert {codec.split(":")[0] for codec in TABLES["Choice", "sparsifier"]} == set(SPARSIFIERS)
+
+
+def test_every_quantizer_is_documented_with_its_arguments_and_that_of_small_tensors():
+    documented = {}
+    for cell, (of_small, _, _) in TABLES["Values", "quantizer"].items():
+        name, _, values = cell.partition(", ")
+        kind, _, _ = name.strip("`").partition(":")
+        documented[kind] = (of_small.strip("`"), tuple(int(number) for number in re.findall(r"\d+", values)))
+    arguments = {kind: entry.arguments for kind, entry in QUANTIZERS.items()}
+    assert documented == {
+        kind: (entry.for_small, (arguments[kind][0], arguments[kind][-1]) if arguments[kind] else ())
+        for kind, entry in QUANTIZERS.items()
+    }
+    (same,) = [name for name in TABLES["Codecs", "codec"] if "the same quantizer" in name]
+    assert "dense" in same
+
+
+@pytest.mark.parametrize("bits", QUANTIZERS["eden"].arguments)
+def test_the_centroids_are_documented(bits):
+    half = np.array(CENTROIDS[bits], np.float32)
+    assert rotation.eden(bits).centroids.tolist() == [*(-half[::-1]).tolist(), *half.tolist()]
 
 
 def test_every_exchange_is_documented():
@@ -91,14 +183,188 @@ def test_every_queue_is_documented_with_its_arguments():
         assert all(f"`{exchange}`" in bound for exchange in exchanges)
 
 
+@pytest.mark.parametrize("model_bytes", [1000, 20_000_000])
+def test_every_policy_is_documented(model_bytes):
+    m = max(model_bytes, MIB)
+    documented = {}
+    for name, (definition,) in TABLES["On the broker", "policy for"].items():
+        pairs = [pair.split(": ") for pair in re.findall(r"`(.*?)`", definition)]
+        documented[f"fl.F.{name}"] = {
+            key: int(value.removesuffix("M") or 1) * m if "M" in value else value for key, value in pairs
+        }
+    made = {policy.name: dict(policy.definition) for policy in policies("F", model_bytes=model_bytes)}
+    as_text = {name: {key: str(value) for key, value in definition.items()} for name, definition in made.items()}
+    assert {name: {key: str(value) for key, value in given.items()} for name, given in documented.items()} == as_text
+
+
 def test_the_permissions_are_documented():
     permissions = party_permissions("F", "P")
     documented = {right: cells[0].strip("`").replace("\\|", "|") for right, cells in TABLES["On the broker", "right"].items()}
     assert documented == {"configure": permissions.configure, "write": permissions.write, "read": permissions.read}
 
 
+class Recorder:
+    """Takes what a service publishes."""
+
+    def __init__(self):
+        self.messages = []
+
+    async def publish(self, message):
+        self.messages.append(message)
+
+
+MANIFEST = manifest_of({"weight": np.zeros(2000, np.float32)})
+HEADERS = {what: re.findall(r"`(x-fl-[a-z0-9-]+)`", cells[0]) for what, cells in TABLES["Messages", "message"].items()}
+
+
+def _expect_documented(message, what):
+    assert set(message.headers) == set(HEADERS[what])
+
+
+def _aggregator():
+    limits = Limits(names=Names("f"), manifest=MANIFEST, max_update_bytes=1 << 20, max_update_norm=None)
+    pace = Pace(prefetch=1, group_updates=1, group_s=0.0, part_bytes=1 << 20, max_message_bytes=1 << 24)
+    return Aggregator(None, None, topology=shared("f"), limits=limits, pace=pace, clock=lambda: 0.0)
+
+
+def _frames():
+    """An announcement with its keyframe, and a delta frame."""
+    plan = BroadcastPlan(
+        federation="f",
+        ledger_id="0" * 32,
+        manifest=MANIFEST,
+        down="topk:0.01+int8",
+        keyframe="float16",
+        keyframe_every_frames=100,
+        up="float32",
+        warm_up_versions=0,
+        warm_up_density=0.25,
+        momentum_correction=0.0,
+        training=TrainingPlan(),
+        fraction=1.0,
+        repeat=False,
+        every_versions=1,
+        every_s=1.0,
+    )
+    model = np.linspace(-1, 1, MANIFEST.size, dtype=np.float32)
+    first, held = make_frame(plan, None, model, version=0, over=False, at=0.0)
+    return first, make_frame(plan, held, model * np.float32(1.5), version=1, over=False, at=0.0)[0]
+
+
+async def test_the_headers_and_the_ids_of_frames_are_documented():
+    recorder = Recorder()
+    for row in _frames():
+        await _aggregator()._publish_frame(recorder, row)
+    keyframe, announcement, delta = recorder.messages
+    assert (keyframe.exchange, announcement.exchange, delta.exchange) == ("fl.f.keyframes", "fl.f.model", "fl.f.model")
+    for message, what in ((keyframe, "keyframe"), (announcement, "announcement"), (delta, "delta frame")):
+        _expect_documented(message, what)
+        assert f"(`{message.headers['x-fl-kind']}`)" in TABLES["Messages", "message"][what][0]
+        assert message.headers["x-fl-bytes"] == len(message.body)
+        frame = wire.decode(ModelFrame, message.body)
+        assert message.message_id == f"{frame.digest[:16]}-{frame.number}"
+        assert (frame.base is None, frame.payload == b"") == {
+            "keyframe": (True, False),
+            "announcement": (True, True),
+            "delta frame": (False, False),
+        }[what]
+
+
+def test_the_byte_counts_of_frames_are_as_documented():
+    first, second = _frames()
+    announcement, keyframe, delta = (wire.decode(ModelFrame, body) for body in (first.body, first.keyframe, second.body))
+    assert announcement.log_bytes == keyframe.log_bytes == announcement.keyframe.log_bytes == 0
+    assert announcement.keyframe.bytes == len(keyframe.payload) == 2 * MANIFEST.size
+    assert delta.log_bytes == len(delta.payload)
+    assert second.log_bytes == len(second.body)
+    assert announcement.rounding == "float16"
+
+
+async def test_the_facts_of_a_published_frame_are_documented():
+    for row, more in zip(_frames(), (("keyframe_bytes", "keyframe_codec"), ()), strict=True):
+        recorder, aggregator = Recorder(), _aggregator()
+        await aggregator._tell_published(recorder, row)
+        facts = wire.decode(Event, recorder.messages[0].body).facts
+        assert recorder.messages[0].routing_key == "frame.published"
+        assert not recorder.messages[0].mandatory
+        always, _, with_keyframe = TABLES["Event", "kind"]["frame.published"][0].partition(";")
+        assert list(facts) == [*re.findall(r"`(.*?)`", always), *(re.findall(r"`(.*?)`", with_keyframe) if more else [])]
+        assert [facts[key] for key in more] == ([len(row.keyframe), "float16"] if more else [])
+
+
+async def test_the_headers_of_receipts_and_of_what_is_in_quarantine_are_documented():
+    came = dict.fromkeys([*HEADERS["update"], PART, PARTS, SIZE, SHA256, "x-fl-other"], "x" * 300)
+    delivery = Delivery(
+        body=b"body",
+        headers=came,
+        message_id="0" * 32,
+        user_id=None,
+        exchange="fl.f.up.p",
+        routing_key="",
+        redelivered=False,
+        tag=1,
+        offset=None,
+    )
+    receipt = Receipt(federation="f", party="p", update_id="0" * 32, outcome="refused", version=1, staleness=0, weight=0.0)
+    recorder = Recorder()
+    await _aggregator()._answer(recorder, delivery, Verdict(receipt, Refused("base", "y" * 300)))
+    quarantined, answered = recorder.messages
+    _expect_documented(answered, "receipt")
+    assert answered.routing_key == "p"
+    assert answered.message_id == quarantined.message_id == "0" * 32
+    assert set(quarantined.headers) == set(HEADERS["quarantined"])
+    assert {len(quarantined.headers[key]) for key in ("x-fl-codec", "x-fl-detail")} == {200}
+    assert (quarantined.headers["x-fl-user"], quarantined.body) == ("", b"body")
+
+
+async def test_the_headers_of_updates_are_documented(tmp_path):
+    recorder = Recorder()
+    identity = worker.Identity(federation="f", party="p", manifest=MANIFEST, initial=np.zeros(MANIFEST.size, np.float32))
+    link = worker.Link(part_bytes=1 << 20, max_message_bytes=1 << 24, inbox_grace_s=1.0)
+    with open_outbox(tmp_path, party="p", federation="f") as outbox:
+        sender = worker.Worker(
+            None, outbox, None, identity=identity, link=link, budget=worker.Budget(), throttle=1.0, clock=lambda: 0.0
+        )
+        stored = StoredUpdate(1, "0" * 32, b"body", 7, "float32")
+        with outbox.transaction():
+            outbox.add(stored)
+        await sender._send(recorder, stored)
+    (message,) = recorder.messages
+    _expect_documented(message, "update")
+    assert (message.exchange, message.message_id, message.headers["x-fl-bytes"]) == ("fl.f.up.p", "0" * 32, 4)
+
+
 def test_the_numbers_in_the_text_are_those_of_the_code():
-    assert NAME_PATTERN.strip("^$") in DOCUMENT
-    assert f"tensors of up to {SMALL_TENSOR:,} elements are small" in DOCUMENT
-    assert f"a block of {BLOCK:,} values" in DOCUMENT
-    assert f"a list or map of more than {MAX_CONTAINER_LENGTH:,} entries" in DOCUMENT
+    text = " ".join(DOCUMENT.split())
+    settings = Settings()
+    for said in (
+        NAME_PATTERN.strip("^$"),
+        f"A tensor of up to {SMALL_TENSOR:,} elements is small",
+        f"at most {MAX_NAME} characters. A tensor",
+        f"blocks of {BLOCK:,} values (the last one may be shorter)",
+        f"Each block of {GAPS} gaps",
+        f"⌈k / {GAPS}⌉ | r of each block, at most {MAX_RICE_BITS}",
+        f"which sum to 2^{PRECISION}",
+        f"| {FIXED} | ⌈n x w / 8⌉",
+        f"| {ANS} | ANS",
+        f"a list or map of more than {MAX_CONTAINER_LENGTH:,} entries",
+        f"a decoded value of magnitude over 10^{len(str(int(MAX_MAGNITUDE))) - 1}",
+        f"an element of magnitude 10^{len(str(int(worker._DIVERGED))) - 1} or more",
+        f"{settings.broker.max_message_bytes >> 20} MiB unless configured",
+        "to nearest: " + " or ".join([", ".join(f"`{codec}`" for codec in KEYFRAME_CODECS[:-1]), f"`{KEYFRAME_CODECS[-1]}`"]),
+    ):
+        assert said in text, said
+    assert (worker._RESEND_AFTER_S, worker._RESEND_AFTER_AT_MOST_S, worker._NEVER_TAKEN) == (120, 3600, ("bounds", "non_finite"))
+    dense = [name for name in QUANTIZERS if QUANTIZERS[name].for_small == name]
+    assert tuple(dense) == KEYFRAME_CODECS
+    assert all(parse_codec(codec).sparsifier is None for codec in dense)
+
+
+def test_a_log_is_entered_as_far_back_as_documented():
+    text = " ".join(DOCUMENT.split())
+    assert "With d = (n - the wanted number) x messages a frame + p, attach d + 4 before its offset" in text
+    assert "with the d of there: by d, next by d + 4, by 4 and by 16 times as much, then to `first`" in text
+    d = (20 - 8) * 3 + 2
+    place = model_log.Place(offset=1000, number=20, part=2, parts=3)
+    found = [None if times is None else 1000 - place.before(8, times=times) for times in (1, *model_log._REWINDS)]
+    assert found == [d + 4, d, d + 4, 4 * (d + 4), 16 * (d + 4), None]

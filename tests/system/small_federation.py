@@ -17,9 +17,12 @@ from aggregator.verification import verify
 from broker_fl.config import Settings, load_settings
 from broker_fl.errors import ConfigurationError, StorageError
 from broker_fl.management import Management
-from broker_fl.parameters import Vector
+from broker_fl.parameters import Vector, digest
 from broker_fl.topology import Names
+from broker_fl.transports.following import ReceivedModel
 from broker_fl.transports.transport import Delivery, Transport
+from workers.held import HeldModel
+from workers.outbox import open_outbox
 
 TASKS = Path(__file__).parent / "blobs.py"
 
@@ -165,6 +168,23 @@ class SmallFederation:
             for outcome in ("merged", "buffered", "refused"):
                 settled = [entry for entry in entries if entry.outcome == outcome and entry.update_id not in open_ids]
                 assert box.counters.get(f"updates_{outcome}", 0) == len(settled), f"{party}: {outcome}, {box.counters}"
+
+    def held(self, party: str) -> ReceivedModel:
+        """What a party's disk holds; its worker must have ended."""
+        with self.ledger() as ledger:
+            manifest = manifest_of_ledger(ledger)
+        with open_outbox(self.outbox_file(party).parent, party=party, federation=self.names.federation) as outbox:
+            held = HeldModel(outbox, federation=self.names.federation, manifest=manifest).load()
+        assert held is not None, f"{party} holds no model"
+        return held
+
+    def expect_held(self, party: str) -> ReceivedModel:
+        """What a party's disk holds is, to the last bit, what the aggregator has under the number of that frame."""
+        held = self.held(party)
+        with self.ledger() as ledger:
+            digests = {frame.number: frame.digest for frame in ledger.frames_from(0)}
+        assert digest(held.model) == digests[held.number], f"{party} holds another model than frame {held.number}"
+        return held
 
     def report(self) -> str:
         return "\n".join(running.report() for running in self.started)

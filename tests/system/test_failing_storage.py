@@ -100,9 +100,10 @@ async def test_state_that_is_damaged_or_not_its_own_is_refused_by_name_and_left_
     torn, unread, flipped, lost, whole = (copy(name) / "aggregator" for name in ("torn", "unread", "flipped", "lost", "whole"))
     overwrite_middle(torn / "ledger.db")
     rewrite_a_payload(unread / "ledger.db")
-    *_, newest = sorted((flipped / "snapshots").iterdir())
-    overwrite_middle(newest)
-    (lost / "snapshots" / newest.name).unlink()
+    *_, newest = snapshots = sorted((flipped / "snapshots").iterdir())
+    for snapshot in snapshots:
+        overwrite_middle(snapshot)
+        (lost / "snapshots" / snapshot.name).unlink()
     file = federation.folder / "file"
     file.touch()
     before = {state: contents(state) for state in (torn, unread, flipped, lost, whole)}

@@ -8,6 +8,7 @@ from command_line import until
 from small_federation import SmallFederation
 
 from broker_fl.transports.amqp import amqp_connect
+from broker_fl.transports.parts import PARTS
 from broker_fl.transports.transport import Delivery, Feed
 
 pytestmark = [pytest.mark.system, pytest.mark.rabbitmq, pytest.mark.timeout(900)]
@@ -19,12 +20,14 @@ async def test_model_and_updates_travel_in_parts_and_a_worker_that_attaches_late
     federation: SmallFederation,
 ) -> None:
     federation.task = federation.task.replace(":TASK", ":WIDE")
-    federation.configure(broker={"max_message_bytes": 65_536, "part_bytes": PART_BYTES}, codec={"up": "float32"})
+    federation.configure(
+        broker={"max_message_bytes": 65_536, "part_bytes": PART_BYTES}, codec={"up": "float32", "down": "float32"}
+    )
     await federation.enrol("early", "late")
-    part_bytes = ("--set", f"broker.part_bytes={PART_BYTES}")
+    names, part_bytes = federation.names, ("--set", f"broker.part_bytes={PART_BYTES}")
     async with AsyncExitStack() as stack:
         transport = await stack.enter_async_context(amqp_connect(federation.settings.broker)("test"))
-        listen = [transport.listen(federation.names.up(party), name=party) for party in ("early", "late")]
+        listen = [transport.listen(names.up(party), name=party) for party in ("early", "late")]
         updates = [await stack.enter_async_context(listening) for listening in listen]
         aggregator = federation.aggregator()
         early = federation.worker("early", *part_bytes)
@@ -35,14 +38,21 @@ async def test_model_and_updates_travel_in_parts_and_a_worker_that_attaches_late
             running.terminate()
             await running.ends_well()
         received = [await everything(feed) for feed in updates]
-        log = await stack.enter_async_context(transport.follow(federation.names.model_log, start="first", name="test"))
-        received.append(await everything(log))
-    for deliveries in received:
+        logs = [transport.follow(log, start="first", name="test") for log in (names.model_log, names.keyframe_log)]
+        frames, keyframes = [await everything(await stack.enter_async_context(log)) for log in logs]
+    announcement, *deltas = frames
+    assert announcement.headers["x-fl-kind"] == "announcement"
+    assert PARTS not in announcement.headers
+    for deliveries in (*received, deltas, keyframes):
         assert deliveries
         for delivery in deliveries:
             assert len(delivery.body) <= PART_BYTES
-            assert delivery.headers["x-fl-parts"] >= 12
+            assert delivery.headers[PARTS] >= 12
             assert delivery.headers["x-fl-size"] > 65_536
+    # The changes since the first model cost more than a whole one.
+    assert federation.outbox("late").counters["keyframes_received"] == 1
+    for party in ("early", "late"):
+        federation.expect_held(party)
     bases = [entry.base_version for entry in federation.updates("late")]
     assert bases[0] >= 8
     assert "left out" not in late.err

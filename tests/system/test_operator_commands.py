@@ -72,6 +72,10 @@ async def test_status_tells_of_versions_parties_and_queues_and_a_removed_party_i
     assert status["version"] >= 5
     assert status["frames"] >= 5
     assert status["frame_bytes"] > 0
+    assert status["frame_codec"] == "topk:0.05+int8"
+    assert status["keyframes"] >= 1
+    assert status["keyframe_bytes"] > 0
+    assert status["keyframe_codec"] == "float32"
     assert (status["aggregator_online"], status["is_over"], status["missing"]) == (True, False, [])
     party = status["parties"]["a"]
     assert party["online"]
@@ -79,11 +83,13 @@ async def test_status_tells_of_versions_parties_and_queues_and_a_removed_party_i
     assert party["refused"] == 0
     assert party["bytes_up"] > 0
     kinds = {queue["name"]: queue["kind"] for queue in status["queues"]}
-    assert {name: kinds.get(name) for name in ("fl.blobs.updates", "fl.blobs.model.log", "fl.blobs.inbox.a")} == {
+    expected = {
         "fl.blobs.updates": "quorum",
         "fl.blobs.model.log": "stream",
+        "fl.blobs.keyframes.log": "stream",
         "fl.blobs.inbox.a": "classic",
     }
+    assert {name: kinds.get(name) for name in expected} == expected
     shown = await federation.succeeds("status")
     assert all(text in shown for text in ("blobs on RabbitMQ", "aggregator online", "Parties", "fl.blobs.updates"))
 

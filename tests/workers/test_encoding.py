@@ -80,6 +80,10 @@ def test_seconds_are_a_budget_once_the_line_is_measured():
     assert message_bytes(both) <= 1000
 
 
+def test_time_without_end_is_no_bound():
+    assert encoded(budget=Budget(seconds=1e308), uplink_bytes_per_s=1e9).codec == parse_codec("topk:0.01+int4")
+
+
 def test_line_that_is_too_slow_for_any_update_gets_the_sparsest_with_a_warning():
     with capture_logs() as logs:
         found = encoded(budget=Budget(seconds=0.5), uplink_bytes_per_s=1.0)

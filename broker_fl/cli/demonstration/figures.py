@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,6 +35,8 @@ class Figures:
     """Whether the accuracy is the last model's."""
     merged: int = 0
     refused: int = 0
+    refused_for: Counter[str] = field(default_factory=Counter)
+    """By reason."""
     duplicates: int = 0
     max_staleness: int = 0
     broadcasts: int = 0
@@ -75,6 +78,7 @@ class Figures:
                 self.duplicates += 1
             case "refused":
                 self.refused += 1
+                self.refused_for[update.reason or "unknown"] += 1
                 party.refused += 1
             case "merged" | "buffered":
                 self.merged += 1

@@ -63,13 +63,16 @@ async def _take_part(
     if name == stage.demo.late:
         await _share_of_the_way(settings, figures, _LATE_AT, unless=aggregator)
         say(f"version {figures.version}: {name} comes late")
+        figures.parties[name].note = "came late"
     await worker.start()
     if name == stage.demo.killed:
         await _share_of_the_way(settings, figures, _KILLED_AT, unless=aggregator)
         say(f"version {figures.version}: {name} is killed (kill -9)")
+        figures.parties[name].note = "killed"
         await worker.kill()
         await asyncio.sleep(_AWAY_S)
         say(f"version {figures.version}: {name} comes back, with what its outbox held")
+        figures.parties[name].note = "was killed"
         await worker.start()
     await worker.wait()
 

@@ -22,12 +22,16 @@ class Summary:
     versions: int
     updates_merged: int
     updates_refused: int
+    refused_for: dict[str, int]
+    """Reasons of the refusals that the demo heard of."""
     duplicates: int
     accuracy: float | None
     bytes_up: int
     bytes_down: int
     bytes_up_dense_float32: int
     """What the same updates would have taken as dense float32."""
+    bytes_down_dense_float32: int
+    """What the same frames would have taken with the whole model in each."""
     max_staleness_seen: int
     seconds: float
 
@@ -40,6 +44,8 @@ def summarise(settings: Settings, figures: Figures, *, broker: str) -> Summary:
     accepted = [total for total in totals if total.outcome != "refused"]
     counters = [read_counters(settings.worker.state, party) for party in figures.parties]
     sent = sum(counter.get("updates_sent", 0) for counter in counters)
+    # Who reads a keyframe reads its frame too.
+    frames = sum(counter.get("frames_received", 0) - counter.get("keyframes_received", 0) for counter in counters)
     return Summary(
         task=settings.task.name,
         broker=broker,
@@ -48,11 +54,13 @@ def summarise(settings: Settings, figures: Figures, *, broker: str) -> Summary:
         versions=versions,
         updates_merged=sum(total.updates for total in accepted),
         updates_refused=sum(total.updates for total in totals if total.outcome == "refused"),
+        refused_for=dict(figures.refused_for),
         duplicates=figures.duplicates,
         accuracy=figures.accuracy,
         bytes_up=sum(counter.get("bytes_up", 0) for counter in counters),
         bytes_down=sum(counter.get("bytes_down", 0) for counter in counters),
         bytes_up_dense_float32=sent * parameters * _FLOAT32_BYTES,
+        bytes_down_dense_float32=frames * parameters * _FLOAT32_BYTES,
         max_staleness_seen=max((total.max_staleness for total in accepted), default=0),
         seconds=round(figures.seconds, 2),
     )

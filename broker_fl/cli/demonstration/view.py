@@ -101,7 +101,8 @@ def show_summary(console: Console, summary: Summary) -> None:
     table = Table(title="The federation is over", show_header=False, title_justify="left")
     table.add_column(style="dim")
     table.add_column()
-    ratio = summary.bytes_up_dense_float32 / summary.bytes_up if summary.bytes_up else 0.0
+    refused = summary.refused_for.items()
+    reasons = ", ".join(reason if count == summary.updates_refused else f"{count} {reason}" for reason, count in refused)
     accuracy = "not evaluated" if summary.accuracy is None else f"{summary.accuracy:.1%}"
     rows = {
         "broker": summary.broker,
@@ -110,13 +111,17 @@ def show_summary(console: Console, summary: Summary) -> None:
         "versions": str(summary.versions),
         "accuracy on held-out data": accuracy,
         "updates merged": str(summary.updates_merged),
-        "updates refused": str(summary.updates_refused),
+        "updates refused": f"{summary.updates_refused}{f' ({reasons})' if reasons else ''}",
         "duplicates recognised": str(summary.duplicates),
         "largest staleness merged": f"{summary.max_staleness_seen} versions",
-        "bytes up": f"{size(summary.bytes_up)} (dense float32 is {ratio:.0f} times as much)",
-        "bytes down": f"{size(summary.bytes_down)} to all parties together",
+        "bytes up, all parties": _compared(summary.bytes_up, "dense float32 is", summary.bytes_up_dense_float32),
+        "bytes down, all parties": _compared(summary.bytes_down, "whole models are", summary.bytes_down_dense_float32),
         "seconds": f"{summary.seconds:.0f}",
     }
     for name, value in rows.items():
         table.add_row(name, value)
     console.print(table)
+
+
+def _compared(count: int, other: str, other_count: int) -> str:
+    return f"{size(count)} ({other} {other_count / count:.0f} times as much)" if count else size(count)

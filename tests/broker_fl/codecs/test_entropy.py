@@ -1,4 +1,3 @@
-import bisect
 import struct
 
 import numpy as np
@@ -23,29 +22,6 @@ def _decoded(payload: bytes, count: int, alphabet: int) -> np.ndarray:
     reader = Reader(payload)
     symbols = decode_symbols(reader, count, alphabet=alphabet)
     reader.finish()
-    return symbols
-
-
-def _decoded_by_the_document(payload: bytes, count: int) -> list[int]:
-    """ANS as docs/protocol.md has it, without constriction."""
-    _, first, last = payload[:3]
-    weights = [(16 + byte % 16 << byte // 16) if byte else 0 for byte in payload[3 : 4 + last - first]]
-    frequencies = [1 + weight * (2**24 - len(weights)) // sum(weights) for weight in weights]
-    frequencies[weights.index(max(weights))] += 2**24 - sum(frequencies)
-    starts = np.concatenate([[0], np.cumsum(frequencies)]).tolist()
-    reader = Reader(payload, 3 + len(weights))
-    words = reader.take(4 * reader.varint("words", most=2**30), "words").view("<u4").tolist()
-    state, symbols = 0, []
-    for _ in range(min(2, len(words))):
-        state = state << 32 | words.pop()
-    for _ in range(count):
-        low = state & 0xFFFFFF
-        at = bisect.bisect_right(starts, low) - 1
-        state = (state >> 24) * frequencies[at] + low - starts[at]
-        if state < 2**32 and words:
-            state = state << 32 | words.pop()
-        symbols.append(first + at)
-    assert (state, words) == (0, [])
     return symbols
 
 
@@ -89,26 +65,6 @@ def test_fixed_symbols_fill_bytes_from_the_highest_bits():
     assert encode_symbols(np.uint8([14, 0, 7]), alphabet=15) == bytes([FIXED, 0xE0, 0x70])
     assert encode_symbols(np.uint8([254, 0, 7]), alphabet=255) == bytes([FIXED, 254, 0, 7])
     assert encode_symbols(np.uint8([]), alphabet=255) == bytes([FIXED])
-
-
-@pytest.mark.parametrize("alphabet", ALPHABETS[1:])
-@pytest.mark.parametrize("count", [2000, 5001])
-def test_the_document_alone_is_enough_to_decode(alphabet, count):
-    symbols = _skewed(alphabet, count, seed=count)
-    payload = encode_symbols(symbols, alphabet=alphabet)
-    assert payload[0] == ANS
-    assert _decoded_by_the_document(payload, count) == symbols.tolist()
-
-
-@PROPERTY
-@given(data=st.data())
-def test_any_histogram_is_coded_by_integers_that_the_document_says(data):
-    counts = data.draw(st.lists(st.integers(0, 10) | st.integers(0, 10**4), min_size=2, max_size=60).filter(any))
-    symbols = np.random.default_rng(1).permutation(np.repeat(np.arange(len(counts)), counts)).astype(np.uint8)
-    payload = encode_symbols(symbols, alphabet=256)
-    if payload[0] == ANS:
-        assert _decoded_by_the_document(payload, symbols.size) == symbols.tolist()
-        assert _decoded(payload, symbols.size, 256).tolist() == symbols.tolist()
 
 
 def test_all_the_same_takes_a_few_bytes():

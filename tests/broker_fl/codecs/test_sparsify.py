@@ -1,3 +1,5 @@
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -123,6 +125,19 @@ def test_the_drawn_elements_are_those_of_the_documentation():
     edges = [0, 33, 66, 100]
     expected = [edges[i] + (high[i] * (edges[i + 1] - edges[i]) >> 32) for i in range(3)]
     assert stratified(100, 3, seed=99).tolist() == expected
+
+
+def test_long_draws_are_made_in_pieces_and_take_little_more_than_their_ranks():
+    size, k = 2**31 - 1, 150_001
+    tracemalloc.start()
+    chosen = stratified(size, k, seed=5)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < chosen.nbytes + (8 << 20)
+    high = (splitmix64(5, start=0, count=k) >> np.uint64(32)).tolist()
+    for i in (0, 65_535, 65_536, 131_072, k - 1):
+        first, end = i * size // k, (i + 1) * size // k
+        assert chosen[i] == first + (high[i] * (end - first) >> 32)
 
 
 def test_every_element_is_drawn_about_as_often_as_every_other():

@@ -99,6 +99,26 @@ class Following:
         return counts.get("keyframes_received", 0), counts.get("deltas_received", 0), counts.get("bytes_down", 0)
 
 
+class SlowLog:
+    """A connection on which each message of a log takes its time."""
+
+    def __init__(self, transport, *, seconds):
+        self._transport = transport
+        self._seconds = seconds
+
+    @asynccontextmanager
+    async def follow(self, log, **facts):
+        async with self._transport.follow(log, **facts) as feed:
+            receive = feed.receive
+
+            async def late():
+                await asyncio.sleep(self._seconds)
+                return await receive()
+
+            feed.receive = late
+            yield feed
+
+
 @pytest.fixture
 async def site():
     broker = MemoryBroker()
@@ -241,6 +261,18 @@ async def test_who_was_away_for_ten_frames_reads_only_the_changes(site):
     # The ones before are the slack for offsets that were skipped.
     assert 10 <= deltas <= 16
     assert read_bytes < 1.7 * (site.frames.log_bytes - log_bytes)
+
+
+async def test_changes_that_are_long_in_coming_on_a_slow_line_are_waited_for(site):
+    await site.begin(OTHER)
+    await site.go_on(2)
+    async with site.following() as one:
+        held = (await one.newest()).received
+    await site.go_on(4)
+    async with site.following(held, patience_s=0.05) as one:
+        one._transport = SlowLog(one._transport, seconds=0.15)
+        assert not (await one.newest()).is_anew
+        assert one.read()[0] == 0
 
 
 async def test_who_was_away_for_long_takes_the_keyframe_where_that_costs_less(site):

@@ -18,7 +18,7 @@ import pytest
 from broker_fl.errors import LocalBrokerError
 from broker_fl.management import Management
 from broker_fl.topology import Queue, Topology
-from broker_fl.transports.local_rabbitmq import SERVER_VARIABLE, find_rabbitmq, local_rabbitmq
+from broker_fl.transports.local_rabbitmq import BOOT_ATTEMPTS, SERVER_VARIABLE, find_rabbitmq, local_rabbitmq
 
 STARTS_A_NODE = """
 import asyncio, json
@@ -210,6 +210,19 @@ async def test_server_that_ends_at_once_is_quoted(rabbitmq, tmp_path, monkeypatc
     with pytest.raises(LocalBrokerError, match="status 3 while it started: no Erlang today"):
         async with local_rabbitmq():
             pass
+
+
+@pytest.mark.rabbitmq
+@pytest.mark.parametrize("sign", ["eaddrinuse", "dist_port_already_used", "{'EXIT',nodistribution}"])
+async def test_boot_whose_port_somebody_else_took_is_tried_again_with_others(rabbitmq, tmp_path, monkeypatch, sign):
+    server, starts = tmp_path / "rabbitmq-server", tmp_path / "starts"
+    server.write_text(f'#!/bin/sh\necho started >>"{starts}"\necho "{sign}" >&2\nexit 1\n')
+    server.chmod(0o755)
+    monkeypatch.setenv(SERVER_VARIABLE, str(server))
+    with pytest.raises(LocalBrokerError, match="status 1 while it started"):
+        async with local_rabbitmq():
+            pass
+    assert len(starts.read_text().splitlines()) == BOOT_ATTEMPTS
 
 
 async def test_missing_server_is_an_error_that_says_how_to_install_it(monkeypatch, tmp_path):
