@@ -135,7 +135,7 @@ def test_an_unknown_variable_is_named_with_the_nearest_right_one(variable):
         ("task", "image_shape", [1, 28]),
         ("task", "seed", 2**63),
         ("training", "epochs", 0),
-        ("codec", "down", "topk:0.01+int8"),
+        ("codec", "keyframe", "topk:0.01+int8"),
     ],
 )
 def test_a_value_that_cannot_be_is_named_with_its_key(section, key, value):
