@@ -20,7 +20,7 @@ demo: setup ## a federation on this machine; ARGS="--help" lists its options
 	@$(BIN)/broker-fl demo $(ARGS)
 
 test: check ## check, then the tests on private RabbitMQs, one for each of JOBS; ARGS="-k name" chooses among them
-	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 check: setup ## format, lint, types and the floor plan of the imports
 	$(BIN)/ruff format --check .
