@@ -7,7 +7,7 @@ that what it codes by are our integers, to the bit, on every machine. A test dec
 
 import math
 
-import constriction  # type: ignore[import-untyped]
+import constriction
 import numpy as np
 from numpy.typing import NDArray
 

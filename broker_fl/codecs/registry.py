@@ -13,7 +13,7 @@ from broker_fl.codecs.sparsify import RANDOM_K, THRESHOLD, TOP_K, TOP_K_PER_TENS
 class SparsifierEntry:
     sparsifier: Sparsifier
     argument: Literal["density", "threshold"]
-    """A density is over 0 and at most 1, a threshold a finite number over 0."""
+    """A density is over 0 and at most 1, a threshold a float32 over 0, finite."""
     example: str
 
 

@@ -251,7 +251,7 @@ PATIENCE_S = 20.0
 async def until(condition):
     """For what happens in threads and files, where no event can be awaited."""
     async with asyncio.timeout(PATIENCE_S):
-        while not condition():  # noqa: ASYNC110
+        while not condition():  # noqa: ASYNC110 - what is waited for happens in threads
             await asyncio.sleep(0.001)
 
 
