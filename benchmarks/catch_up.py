@@ -205,6 +205,7 @@ async def measure(parameters: int, rounds: int) -> list[Row]:
             settings = load_settings(flags={"federation": {"name": FEDERATION}}, environment={})
             password = await add_party(management, settings, PARTY)
             await management.apply_policies(policies(FEDERATION, model_bytes=4 * manifest.size))
+            await management.apply(shared(FEDERATION))  # After the policies, as the aggregator does it.
         url = f"amqp://{PARTY}:{password.get_secret_value()}@{HOST}:{node.amqp_port}/"
         party = amqp_connect(BrokerSettings(url=SecretStr(url)))
         began = time.perf_counter()
