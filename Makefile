@@ -14,12 +14,12 @@ VENV := $(shell [ "$$(cat $(INSTALLED) 2>/dev/null)" = "$(CURDIR)" ] && $(BIN)/p
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
 
-setup: $(INSTALLED) ## everything the others need: .venv with the package, and RabbitMQ where it is missing
+setup: $(INSTALLED) ## everything the others need: .venv with the package; RabbitMQ and PostgreSQL if missing
 
 demo: setup ## a federation on this machine; ARGS="--help" lists its options
 	@$(BIN)/broker-fl demo $(ARGS)
 
-test: check ## check, then the tests on private RabbitMQs, one for each of JOBS; ARGS="-k name" chooses among them
+test: check ## check, then the tests on private servers, for each of JOBS its own; ARGS="-k name" chooses among them
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 check: setup ## format, lint, types and the floor plan of the imports
@@ -43,6 +43,7 @@ $(INSTALLED): pyproject.toml constraints.txt $(VENV)
 	@echo "Installing into .venv (the first time takes some minutes: PyTorch is large)"
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@sh deploy/install_rabbitmq.sh
+	@sh deploy/install_postgresql.sh
 	@echo "$(CURDIR)" > $@
 
 # Keeps a working .venv that only lacks its stamp: an installation that was interrupted goes on where it was.

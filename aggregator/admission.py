@@ -4,10 +4,11 @@ First `examine`, which needs nothing but the message and the federation's consta
 `admit`, against the state of the model at the update's turn.
 """
 
-import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+import blake3
 
 from aggregator.merging.fold import State, Strategy
 from broker_fl.codecs.codec import decode, parse_codec
@@ -55,7 +56,7 @@ class Examined:
     update: ModelUpdate
     delta: Delta
     payload_digest: str
-    """BLAKE2b-256 of the payload, for the ledger: twice as fast as SHA-256 where the processor has no instructions for that."""
+    """BLAKE3 of the payload, for the ledger."""
 
 
 def identify(*, exchange: str, user_id: str | None, message_id: str, names: Names) -> Sender | Refused:
@@ -91,7 +92,7 @@ def examine(body: bytes, sender: Sender, limits: Limits) -> Examined | Refused:
 
 
 def payload_digest(payload: bytes) -> str:
-    return hashlib.blake2b(payload, digest_size=32).hexdigest()
+    return blake3.blake3(payload).hexdigest()
 
 
 def _misaddressed(update: ModelUpdate, sender: Sender, limits: Limits) -> Refused | None:
@@ -117,12 +118,35 @@ def _out_of_bounds(delta: Delta, limits: Limits) -> Refused | None:
     return None
 
 
-def admit(examined: Examined, state: State, *, strategy: Strategy, frame_digests: Mapping[int, Digest]) -> Refused | None:
+@dataclass(frozen=True, slots=True)
+class RolledBack:
+    """The versions after `to` and before `by`, which count no more."""
+
+    to: int
+    by: int
+
+    def __contains__(self, version: int) -> bool:
+        return self.to < version < self.by
+
+
+def admit(
+    examined: Examined,
+    state: State,
+    *,
+    strategy: Strategy,
+    frame_digests: Mapping[int, Digest],
+    rolled_back: Sequence[RolledBack] = (),
+) -> Refused | None:
     """The checks that depend on when its turn comes; None if it may be merged.
 
     `frame_digests` holds what was broadcast at each version within the staleness bound.
     """
     update = examined.update
+    for gone in rolled_back:
+        if update.base_version in gone:
+            return Refused(
+                "rolled_back", f"trained from version {update.base_version}, and version {gone.by} went back to {gone.to}"
+            )
     staleness = state.version - update.base_version
     if staleness < 0:
         return Refused("base", f"trained from version {update.base_version}, and the model is at {state.version}")
@@ -131,7 +155,7 @@ def admit(examined: Examined, state: State, *, strategy: Strategy, frame_digests
     if frame_digests.get(update.base_version) != update.base_digest:
         return Refused("base", f"trained from a version {update.base_version} that this ledger never broadcast")
     if strategy.keeps_bases and update.base_version not in state.bases:
-        return Refused("base", f"version {update.base_version} was broadcast before mixing began")
+        return Refused("base", f"version {update.base_version} was broadcast before mixing began, or a rollback")
     if strategy.one_per_version and state.buffer is not None and update.party in state.buffer.parties:
         return Refused("repeated", f"there is an update of {update.party!r} for version {update.base_version} already")
     return None

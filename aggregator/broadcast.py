@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from aggregator.ledger import FrameRow
+from aggregator.records import FrameRow
 from broker_fl.codecs.budget import warmed_up
 from broker_fl.codecs.chain import rounded
 from broker_fl.codecs.codec import Codec, decode, encode, parse_codec
-from broker_fl.parameters import Vector, digest
+from broker_fl.parameters import Vector, digest, fingerprint
 from schemas import wire
 from schemas.frame import KeyframePlace, ModelFrame, Plan, TrainingPlan
 from schemas.manifest import Manifest
@@ -83,40 +83,49 @@ class Held:
 
 
 def make_frame(
-    plan: BroadcastPlan, held: Held | None, model: Vector, *, version: int, over: bool, at: float
+    plan: BroadcastPlan, held: Held | None, model: Vector, *, version: int, over: bool, at: float, is_anew: bool = False
 ) -> tuple[FrameRow, Held]:
-    """The next frame, and what the receivers hold after it. `model` is finite, and only read."""
-    if held is None:
-        return _first(plan, model, version=version, over=over, at=at)
+    """The next frame, and what the receivers hold after it. `model` is finite, and only read.
+
+    `is_anew`: the model is no change of what the receivers hold, as after a rollback; they get it whole.
+    """
+    if held is None or is_anew:
+        return _anew(plan, held, model, version=version, over=over, at=at)
     if version == held.frame.version:
         return _repeated(plan, held, over=over, at=at)
     return _changed(plan, held, model, version=version, over=over, at=at)
 
 
-def _first(plan: BroadcastPlan, model: Vector, *, version: int, over: bool, at: float) -> tuple[FrameRow, Held]:
+def _anew(plan: BroadcastPlan, held: Held | None, model: Vector, *, version: int, over: bool, at: float) -> tuple[FrameRow, Held]:
+    """A keyframe, and its announcement. Past it lead no changes: who is before it reckons that they would cost more."""
     whole, received = rounded(model, plan.keyframe, manifest=plan.manifest)
     rules = plan.at(version)
-    place = KeyframePlace(number=1, bytes=len(whole), log_bytes=0)
+    number, log_bytes = (1, 0) if held is None else (held.frame.number + 1, held.frame.log_bytes + unpassable(plan.manifest))
+    place = KeyframePlace(number=number, bytes=len(whole), log_bytes=log_bytes)
     announcement = ModelFrame(
         federation=plan.federation,
         ledger=plan.ledger_id,
-        number=1,
+        number=number,
         base=None,
         version=version,
         digest=digest(received),
         codec=plan.keyframe,
         rounding=_rounding(plan.keyframe),
         keyframe=place,
-        log_bytes=0,
+        log_bytes=log_bytes,
         over=over,
         manifest=plan.manifest,
         plan=rules,
         payload=b"",
     )
-    model_digest = announcement.digest if plan.keyframe == EXACT else digest(model)
-    row = _row(announcement, at=at, model_digest=model_digest, plan=plan_digest(rules), log_bytes=0)
+    row = _row(announcement, at=at, model_digest=fingerprint(model), plan=plan_digest(rules), log_bytes=log_bytes)
     row = _with_keyframe(row, announcement, plan, rules, payload=whole, codec=plan.keyframe)
     return row, Held(_without_bodies(row), received, place)
+
+
+def unpassable(manifest: Manifest) -> int:
+    """Bytes that a frame without a base adds to the log's count, except the first: more than any keyframe has."""
+    return 8 * manifest.size + (64 << 10)
 
 
 def _repeated(plan: BroadcastPlan, held: Held, *, over: bool, at: float) -> tuple[FrameRow, Held]:
@@ -137,7 +146,7 @@ def _changed(plan: BroadcastPlan, held: Held, model: Vector, *, version: int, ov
     frame, rules = _next(plan, held, version=version, over=over)
     # Hashing takes as long as encoding, and lets go of the interpreter's lock.
     with ThreadPoolExecutor(1, thread_name_prefix="digest") as beside:
-        model_digest = beside.submit(digest, model)
+        model_digest = beside.submit(fingerprint, model)
         codec = plan.down_at(version)
         generator = np.random.default_rng(frame.number)
         payload = encode(model - held.model, codec, manifest=plan.manifest, generator=generator)
@@ -210,8 +219,15 @@ def is_due(plan: BroadcastPlan, last: FrameRow | None, *, version: int, now: flo
         if plan_digest(plan.at(version)) != last.plan:
             return True
         # Where only a share of the parties trains from each frame, a frame that drew none must not be the last.
-        return plan.fraction < 1 and now - last.at >= max(plan.every_s, _LEAST_REDRAW_S)
-    return version - last.version >= plan.every_versions or now - last.at >= plan.every_s
+        return plan.fraction < 1 and _has_passed(max(plan.every_s, _LEAST_REDRAW_S), since=last.at, now=now)
+    return version - last.version >= plan.every_versions or _has_passed(plan.every_s, since=last.at, now=now)
+
+
+def _has_passed(seconds: float, *, since: float, now: float) -> bool:
+    """Also where the clock was set back: nobody knows how much time went by, and nothing may wait for the old time to come
+    again.
+    """
+    return not 0 <= now - since < seconds
 
 
 def _next(plan: BroadcastPlan, held: Held, *, version: int, over: bool) -> tuple[ModelFrame, Plan]:

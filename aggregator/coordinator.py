@@ -1,7 +1,7 @@
 """The state of the federation and the ledger, kept in step: what is decided here is decided once.
 
 Everything in this room runs in one thread, one call at a time. After an error in the middle of a decision the state in memory is
-not to be trusted: the process ends, and the next start recovers from snapshot and ledger.
+not to be trusted: the process ends, or opens the state again from snapshot and ledger.
 """
 
 from collections import Counter
@@ -12,23 +12,27 @@ from typing import Protocol
 import numpy as np
 import structlog
 
-from aggregator.admission import Examined, Limits, Refused, Sender, admit, examine
+from aggregator.admission import Examined, Limits, Refused, RolledBack, Sender, admit, examine, payload_digest
 from aggregator.broadcast import BroadcastPlan, Held, exact_keyframe, is_due, make_frame
 from aggregator.decisions import Arrival, Goal, PartBody, Verdict, accepted_entry, receipt_for, refused_entry
-from aggregator.ledger import Entry, FrameRow, Ledger, SnapshotRow
+from aggregator.ledger import Ledger
 from aggregator.merging.fold import Contribution, State, Strategy, remember_base
 from aggregator.merging.strategies import build_strategy
+from aggregator.records import Entry, FrameRow, Lead, SnapshotRow
 from aggregator.recovery import recover, recover_held
-from aggregator.snapshots import Snapshots
+from aggregator.snapshots import Snapshots, Stored, epoch_of
 from aggregator.spool import Spool
 from broker_fl.config import MergingSettings
-from broker_fl.errors import ConfigurationError, ManifestMismatchError
-from broker_fl.parameters import Vector, digest
+from broker_fl.errors import ConfigurationError, FencedError, ManifestMismatchError
+from broker_fl.failpoints import reach
+from broker_fl.parameters import Vector, digest, fingerprint
 from schemas.update import ModelUpdate
 
 log = structlog.get_logger(__name__)
 
 _EXPIRE_EVERY_S = 30.0
+_LOOK_EVERY_S = 1.0
+"""How often a leader that has nothing to write looks whether it still leads."""
 _Decided = dict[tuple[str, str], Entry]
 
 
@@ -50,26 +54,37 @@ class Rules:
 
 
 class Coordinator:
-    def __init__(self, ledger: Ledger, snapshots: Snapshots, rules: Rules, *, clock: Clock) -> None:
+    def __init__(
+        self, ledger: Ledger, snapshots: Snapshots, rules: Rules, *, clock: Clock, holder: str = "an aggregator"
+    ) -> None:
+        """`holder` is what others read about who leads the ledger."""
         self._ledger = ledger
         self._snapshots = snapshots
         self._rules = rules
         self._plan = rules.plan
         self._clock = clock
+        self._holder = holder
         self._spool = Spool(ledger, max_update_bytes=rules.limits.max_update_bytes)
         self._strategy: Strategy = build_strategy(rules.merging)
         self._state = State(version=0, model=np.empty(0, dtype=np.float32))
+        self._model_digest = ""
         self._seq = 0
         self._snapshot_version = self._snapshot_seq = 0
         self._held: Held | None = None
         self._frame_digests: dict[int, str] = {}
+        self._rolled_back: list[RolledBack] = []
         self._buffer_since: float | None = None
-        self._expired_at = 0.0
+        self._expired_at = self._looked_at = 0.0
         self.counts: Counter[str] = Counter()
 
     def open(self, initial: Vector) -> None:
-        """From the first model, or from where the last run ended. Raises DamagedError, ManifestMismatchError."""
+        """Takes the ledger's lead, and goes on from the first model, or from where the last leader ended; whatever this one
+        knew before is made anew. Raises DamagedError, ManifestMismatchError.
+        """
+        self._ledger.take_lead(self._holder, at=self._clock())
+        reach("aggregator.lead")
         facts = self._ledger.facts()
+        self._held = None
         if "manifest" not in facts:
             self._begin(initial)
         else:
@@ -77,23 +92,54 @@ class Coordinator:
             self._held = recover_held(self._ledger, self._plan.manifest)
             recovered = recover(self._ledger, self._snapshots, self._plan.manifest)
             self._state, self._seq = recovered.state, recovered.seq
+            self._model_digest = fingerprint(self._state.model)
             self._snapshot_version, self._snapshot_seq = recovered.snapshot_version, recovered.snapshot_seq
             if recovered.merging != self._rules.merging:
                 self._change_strategy(recovered.merging)
+        self._rolled_back = [RolledBack(entry.base_version or 0, entry.version) for entry in self._ledger.entries_of("rollback")]
         oldest = self._state.version - self._strategy.max_staleness
         self._frame_digests = {frame.version: frame.digest for frame in self._ledger.frames_from(oldest)}
         self._buffer_since = self._clock() if self._state.buffer is not None else None
+        if self._has_gone_back:
+            with self._ledger.transaction():
+                self._add_frame(over=self.is_over)
         self._reopen_if_goal_moved(facts)
+        self._sweep(facts["ledger_id"])
+
+    def _sweep(self, ledger_id: str) -> None:
+        """Snapshots that earlier leaders wrote and did not live to name in the ledger: nobody can name them any more."""
+        known = {row.file for row in self._ledger.snapshots()}
+        for file in self._snapshots.files(ledger_id):
+            if file not in known and epoch_of(file) < self._ledger.epoch:
+                log.info("a snapshot that the ledger does not name is removed", file=file)
+                self._snapshots.remove(file)
+
+    @property
+    def is_leading(self) -> bool:
+        """Whether nobody took the ledger's lead since `open`."""
+        return self._ledger.is_leading()
+
+    def other_leader(self) -> Lead | None:
+        """Who leads this ledger, or was killed when it did."""
+        lead = self._ledger.lead()
+        return None if lead is None or lead.let_go or self._ledger.is_leading() else lead
+
+    def parties(self) -> list[str]:
+        """Those who ever sent an update."""
+        return self._ledger.parties()
 
     def close(self) -> None:
         # Never over the snapshot that the ledger names: its bytes would differ, and a crash in between would part the two.
         changed = self._state.version != self._snapshot_version or self._state.buffer is not None
         if changed and self._seq != self._snapshot_seq:
             self._snapshot()
+        self._ledger.let_go()
 
     def _begin(self, initial: Vector) -> None:
         self._state = self._strategy.init(initial.copy())
-        stored = self._snapshots.write(self._state, seq=1)
+        self._model_digest = fingerprint(self._state.model)
+        self._seq = 0
+        stored = self._write_snapshot(seq=1)
         with self._ledger.transaction():
             self._ledger.set_fact("federation", self._plan.federation)
             self._ledger.set_fact("manifest", self._plan.manifest.digest)
@@ -105,7 +151,8 @@ class Coordinator:
     def _append_strategy(self) -> None:
         self._seq += 1
         settings = self._rules.merging.model_dump_json().encode()
-        self._ledger.append([Entry(self._seq, "merging", self._clock(), self._state.version, payload=settings)])
+        entry = Entry(self._seq, "merging", self._clock(), self._state.version, model_digest=self._model_digest, payload=settings)
+        self._ledger.append([replace(entry, payload_digest=payload_digest(settings))])
 
     def _change_strategy(self, before: MergingSettings) -> None:
         """A buffer that the old strategy left is merged by it; then the new one goes on. Replay does the same."""
@@ -176,24 +223,36 @@ class Coordinator:
                     decided[entry.party or "", entry.update_id or ""] = entry
             self._ledger.append(entries)
             self._frame_if_due()
+            reach("aggregator.decided")
+        reach("aggregator.committed")
         self._after_commit()
         return verdicts
 
     def tick(self) -> None:
-        """What is due by the clock: a frame, a buffer that has waited long enough, parts that expired."""
+        """What is due by the clock: a frame, a buffer that has waited long enough, parts that expired. Raises FencedError."""
         now = self._clock()
+        self._look_whether_leading(now)
         if self._buffer_since is not None and now - self._buffer_since >= self._rules.merging.buffer_timeout_s:
             log.info("buffer merged before it was full", version=self._state.version + 1)
             with self._ledger.transaction():
                 self._append_flush(self._strategy)
                 self._frame_if_due()
-        elif is_due(self._plan, self._last_frame, version=self._state.version, now=now):
+        elif self._is_frame_due(now):
             with self._ledger.transaction():
                 self._frame_if_due()
-        if now - self._expired_at >= _EXPIRE_EVERY_S:
+        if not 0 <= now - self._expired_at < _EXPIRE_EVERY_S:
             self._expired_at = now
             self._expire_parts(now)
         self._after_commit()
+
+    def _look_whether_leading(self, now: float) -> None:
+        """Who has nothing to write would not notice otherwise, and a rollback waits for it."""
+        if 0 <= now - self._looked_at < _LOOK_EVERY_S:
+            return
+        self._looked_at = now
+        lead = self.other_leader()
+        if lead is not None:
+            raise FencedError(f"{self._ledger.name} is led by {lead.holder} now")
 
     def _expire_parts(self, now: float) -> None:
         with self._ledger.transaction():
@@ -259,7 +318,13 @@ class Coordinator:
             content = examine(whole, sender, self._rules.limits) if isinstance(whole, bytes) else whole
         if isinstance(content, Refused):
             return self._refuse(sender, content, size)
-        refused = admit(content, self._state, strategy=self._strategy, frame_digests=self._frame_digests)
+        refused = admit(
+            content,
+            self._state,
+            strategy=self._strategy,
+            frame_digests=self._frame_digests,
+            rolled_back=self._rolled_back,
+        )
         if refused is not None:
             return self._refuse(sender, refused, size, update=content.update)
         return self._merge(content, size)
@@ -276,6 +341,7 @@ class Coordinator:
         self.counts["refused"] += 1
         self._seq += 1
         entry = refused_entry(self._seq, sender, refused, at=self._clock(), version=self._state.version, size=size, update=update)
+        entry = replace(entry, model_digest=self._model_digest)
         receipt = receipt_for(entry, federation=self._plan.federation)
         return Verdict(receipt, refused, codec=entry.codec or "", size=size), entry
 
@@ -283,26 +349,41 @@ class Coordinator:
         update = examined.update
         contribution = Contribution(update.party, examined.delta, update.base_version, update.num_samples)
         self._state, outcome = self._strategy.apply(self._state, contribution)
+        if outcome.kind == "merged":
+            self._model_digest = fingerprint(self._state.model)
         now = self._clock()
         self._buffer_since = None if self._state.buffer is None else (self._buffer_since or now)
         self.counts[outcome.kind] += 1
         self._seq += 1
         entry = accepted_entry(self._seq, examined, outcome, at=now, version=self._state.version, size=size)
+        entry = replace(entry, model_digest=self._model_digest)
         return Verdict(receipt_for(entry, federation=self._plan.federation), codec=update.codec, size=size), entry
 
     def _append_flush(self, strategy: Strategy) -> None:
         self._state = strategy.flush(self._state)
         self._buffer_since = None
+        self._model_digest = fingerprint(self._state.model)
         self._seq += 1
-        self._ledger.append([Entry(self._seq, "flush", self._clock(), self._state.version)])
+        self._ledger.append([Entry(self._seq, "flush", self._clock(), self._state.version, model_digest=self._model_digest)])
 
     def _frame_if_due(self) -> None:
-        if not self.is_over and is_due(self._plan, self._last_frame, version=self._state.version, now=self._clock()):
+        if self._is_frame_due(self._clock()):
             self._add_frame(over=False)
 
+    def _is_frame_due(self, now: float) -> bool:
+        return not self.is_over and is_due(self._plan, self._last_frame, version=self._state.version, now=now)
+
+    @property
+    def _has_gone_back(self) -> bool:
+        """Whether the receivers have to be told of a rollback."""
+        last = self._last_frame
+        return last is not None and any(last.version < gone.by for gone in self._rolled_back)
+
     def _add_frame(self, *, over: bool) -> None:
-        version = self._state.version
-        frame, self._held = make_frame(self._plan, self._held, self._state.model, version=version, over=over, at=self._clock())
+        version, anew = self._state.version, self._has_gone_back
+        frame, self._held = make_frame(
+            self._plan, self._held, self._state.model, version=version, over=over, at=self._clock(), is_anew=anew
+        )
         self._ledger.add_frame(frame)
         oldest = version - self._strategy.max_staleness
         self._frame_digests = {v: known for v, known in self._frame_digests.items() if v >= oldest}
@@ -314,7 +395,12 @@ class Coordinator:
             self._snapshot()
 
     def _snapshot(self) -> None:
-        stored = self._snapshots.write(self._state, seq=self._seq)
+        stored = self._write_snapshot(seq=self._seq)
         with self._ledger.transaction():
             self._ledger.add_snapshot(SnapshotRow(self._seq, self._state.version, stored.file, stored.sha256, self._clock()))
         self._snapshot_version, self._snapshot_seq = self._state.version, self._seq
+
+    def _write_snapshot(self, *, seq: int) -> Stored:
+        stored = self._snapshots.write(self._state, seq=seq, ledger=self._plan.ledger_id, epoch=self._ledger.epoch)
+        reach("aggregator.snapshot")
+        return stored

@@ -4,8 +4,8 @@ import json
 from dataclasses import dataclass
 
 from aggregator.admission import Examined, Refused, Sender
-from aggregator.ledger import Entry
 from aggregator.merging.fold import Outcome
+from aggregator.records import Entry
 from broker_fl.transports.parts import Part
 from schemas.receipt import Receipt
 from schemas.update import ModelUpdate
@@ -94,7 +94,7 @@ def refused_entry(
         size=size,
         outcome="refused",
         reason=refused.reason,
-        detail=refused.detail[:1000],
+        detail=refused.detail[:1000].replace("\0", "\ufffd"),  # PostgreSQL keeps no text with NUL.
         staleness=max(0, version - update.base_version) if update else 0,
         weight=0.0,
     )

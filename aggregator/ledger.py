@@ -1,217 +1,52 @@
 """The append-only record of all that the aggregator decided; everything else is derived from it.
 
-One writer. Whoever calls decides what belongs into one transaction; nothing is visible to others, or survives a crash, before it
-commits.
+One writer: whoever took the lead last. Whoever calls decides what belongs into one transaction; nothing is visible to others, or
+survives a crash, before it commits.
 """
 
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, replace
 from typing import Any
 
-from sqlalchemy import (
-    BigInteger,
-    Boolean,
-    Column,
-    Connection,
-    Float,
-    Integer,
-    LargeBinary,
-    MetaData,
-    Select,
-    String,
-    Table,
-    UniqueConstraint,
-    delete,
-    func,
-    insert,
-    select,
-    tuple_,
-    update,
+from sqlalchemy import ColumnElement, Connection, Select, delete, func, insert, select, tuple_, update
+from sqlalchemy.exc import IntegrityError
+
+from aggregator.chain import genesis, link
+from aggregator.records import (
+    BODIES,
+    ENTRIES,
+    FORMAT,
+    FRAMES,
+    LEAD,
+    META,
+    PARTS,
+    SNAPSHOTS,
+    TABLES,
+    Entry,
+    FrameRow,
+    FrameTotals,
+    Lead,
+    PartRow,
+    SnapshotRow,
+    Total,
 )
-
-from broker_fl.database import display_name, open_database, open_for_reading, reading, storage_errors, writing
-from broker_fl.errors import ConfigurationError
-
-FORMAT = "2"
-"""Of the tables. Format 1 kept whole models as frames, from which no chain of changes can be made."""
-
-_TABLES = MetaData()
-_Counter = BigInteger().with_variant(Integer, "sqlite")
-
-META = Table("meta", _TABLES, Column("key", String(64), primary_key=True), Column("value", String, nullable=False))
-
-ENTRIES = Table(
-    "entries",
-    _TABLES,
-    Column("seq", _Counter, primary_key=True),
-    Column("kind", String(16), nullable=False),  # update | flush | merging
-    Column("at", Float, nullable=False),
-    Column("version", _Counter, nullable=False),  # of the model after this entry
-    Column("party", String(64)),
-    Column("update_id", String(32)),
-    Column("sequence", _Counter),
-    Column("base_version", _Counter),
-    Column("num_samples", _Counter),
-    Column("train_loss", Float),
-    Column("codec", String(64)),
-    Column("size", _Counter),
-    Column("outcome", String(16)),
-    Column("reason", String(32)),
-    Column("detail", String(1000)),
-    Column("staleness", _Counter),
-    Column("weight", Float),
-    Column("payload_digest", String(64)),
-    Column("payload", LargeBinary),  # of what was merged or buffered; settings in JSON for kind = merging
-    UniqueConstraint("party", "update_id"),
+from broker_fl.database import (
+    display_name,
+    give_room_back,
+    is_there,
+    open_database,
+    open_for_reading,
+    reading,
+    storage_errors,
+    writing,
 )
+from broker_fl.errors import ConfigurationError, DamagedError, FencedError
 
-FRAMES = Table(
-    "frames",
-    _TABLES,
-    Column("number", _Counter, primary_key=True),
-    Column("at", Float, nullable=False),
-    Column("version", _Counter, nullable=False, index=True),
-    Column("base", _Counter),  # the frame that it changes; none for the first
-    Column("digest", String(64), nullable=False),  # of what the receivers hold after it
-    Column("model_digest", String(64), nullable=False),  # of the model that it was made from
-    Column("codec", String(64), nullable=False),  # of the payload
-    Column("rounding", String(64)),
-    Column("plan", String(64), nullable=False),  # digest of the plan in force; "" where a keyframe of it said another one
-    Column("over", Boolean, nullable=False),
-    Column("size", _Counter, nullable=False),  # of the body
-    Column("log_bytes", _Counter, nullable=False),  # of the bodies of all delta frames up to this one
-    Column("keyframe_codec", String(64)),
-    Column("keyframe_size", _Counter),  # of the body in the keyframe log, where there is one
-    Column("published_at", Float, index=True),
-)
-
-BODIES = Table(
-    # Beside the frames, so that marking one as published does not write its body again.
-    "bodies",
-    _TABLES,
-    Column("kind", String(8), primary_key=True),  # frame: all of them | keyframe: the newest, and those that wait
-    Column("number", _Counter, primary_key=True, autoincrement=False),
-    Column("body", LargeBinary, nullable=False),
-)
-
-SNAPSHOTS = Table(
-    "snapshots",
-    _TABLES,
-    Column("seq", _Counter, primary_key=True),  # the last entry that is in it
-    Column("version", _Counter, nullable=False),
-    Column("file", String, nullable=False),
-    Column("sha256", String(64), nullable=False),
-    Column("at", Float, nullable=False),
-)
-
-PARTS = Table(
-    "parts",
-    _TABLES,
-    Column("party", String(64), primary_key=True),
-    Column("update_id", String(32), primary_key=True),
-    Column("part", Integer, primary_key=True),
-    Column("parts", Integer, nullable=False),
-    Column("size", _Counter, nullable=False),
-    Column("sha256", String(64), nullable=False),
-    Column("at", Float, nullable=False),
-    Column("body", LargeBinary, nullable=False),
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    seq: int
-    kind: str
-    at: float
-    version: int
-    party: str | None = None
-    update_id: str | None = None
-    sequence: int | None = None
-    base_version: int | None = None
-    num_samples: int | None = None
-    train_loss: float | None = None
-    codec: str | None = None
-    size: int | None = None
-    outcome: str | None = None
-    reason: str | None = None
-    detail: str | None = None
-    staleness: int | None = None
-    weight: float | None = None
-    payload_digest: str | None = None
-    payload: bytes | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class FrameRow:
-    number: int
-    at: float
-    version: int
-    base: int | None
-    digest: str
-    model_digest: str
-    codec: str
-    rounding: str | None
-    plan: str
-    over: bool
-    size: int
-    log_bytes: int
-    """Of the bodies of all delta frames up to this one, its own included."""
-    keyframe_codec: str | None = None
-    keyframe_size: int | None = None
-    published_at: float | None = None
-    body: bytes | None = None
-    """For the model log. This one and the next are read only where they are asked for."""
-    keyframe: bytes | None = None
-    """For the keyframe log; None where there is none, or a newer one stands for it."""
-
-
-@dataclass(frozen=True, slots=True)
-class SnapshotRow:
-    seq: int
-    version: int
-    file: str
-    sha256: str
-    at: float
-
-
-@dataclass(frozen=True, slots=True)
-class PartRow:
-    party: str
-    update_id: str
-    part: int
-    parts: int
-    size: int
-    sha256: str
-    at: float
-    body: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Total:
-    """One party's updates of one outcome; `size` in bytes."""
-
-    party: str
-    outcome: str
-    updates: int
-    size: int
-    mean_staleness: float
-    max_staleness: int
-
-
-@dataclass(frozen=True, slots=True)
-class FrameTotals:
-    """What was published; sizes in bytes, codecs as of the newest."""
-
-    frames: int
-    size: int
-    """Of the bodies in the model log."""
-    keyframes: int
-    keyframe_size: int
-    codec: str
-    keyframe_codec: str
+_LEAD_ROW = 1
+_READ_ENTRIES = 256
+_READ_BYTES = 32 << 20
 
 
 class Ledger:
@@ -219,11 +54,67 @@ class Ledger:
 
     def __init__(self, connection: Connection, name: str) -> None:
         self._connection = connection
+        self._epoch: int | None = None
         self.name = name
 
-    def transaction(self) -> AbstractContextManager[None]:
-        """All or nothing, on the disk when it returns. Raises StorageFullError, StorageError."""
-        return writing(self._connection, self.name)
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """All or nothing, on the disk when it returns. Raises StorageFullError, StorageError, and FencedError if somebody else
+        took the lead since we did: then nothing is written."""
+        try:
+            with writing(self._connection, self.name):
+                yield
+                if self._epoch is not None:
+                    self._confirm_lead(self._epoch)
+        except DamagedError as exc:
+            # Whoever leads now has written what we would have.
+            if isinstance(exc.__cause__, IntegrityError) and self._epoch is not None and not self.is_leading():
+                raise self._fenced() from exc
+            raise
+
+    def _confirm_lead(self, epoch: int) -> None:
+        """In the transaction: from here to its end nobody can take the lead (PostgreSQL: the row is locked; SQLite: all is)."""
+        same = update(LEAD).where(LEAD.c.id == _LEAD_ROW, LEAD.c.epoch == epoch).values(epoch=epoch)
+        if not self._connection.execute(same).rowcount:
+            raise self._fenced()
+
+    def _fenced(self) -> FencedError:
+        lead = self.lead()
+        return FencedError(f"{self.name} is led by {lead.holder if lead else 'nobody'} now: nothing more is written here")
+
+    def take_lead(self, holder: str, *, at: float) -> None:
+        """From now on nobody who led before can write. What they committed is there."""
+        with writing(self._connection, self.name):
+            same = update(LEAD).where(LEAD.c.id == _LEAD_ROW)
+            taken = same.values(epoch=LEAD.c.epoch + 1, holder=holder, at=at, let_go=False)
+            if not self._connection.execute(taken).rowcount:
+                self._connection.execute(insert(LEAD).values(id=_LEAD_ROW, epoch=1, holder=holder, at=at, let_go=False))
+            epoch = self._connection.execute(select(LEAD.c.epoch).where(LEAD.c.id == _LEAD_ROW)).scalar_one()
+        self._epoch = int(epoch)
+
+    def let_go(self) -> None:
+        """In order: it is known from now on that nobody is at work. Where somebody took the lead meanwhile, that stays."""
+        epoch, self._epoch = self._epoch, None
+        if epoch is not None:
+            with writing(self._connection, self.name):
+                same = update(LEAD).where(LEAD.c.id == _LEAD_ROW, LEAD.c.epoch == epoch)
+                self._connection.execute(same.values(let_go=True))
+
+    def lead(self) -> Lead | None:
+        """Who led last; None before the first."""
+        with self._reading():
+            row = self._connection.execute(select(LEAD.c.epoch, LEAD.c.holder, LEAD.c.at, LEAD.c.let_go)).one_or_none()
+        return None if row is None else Lead(*row)
+
+    def is_leading(self) -> bool:
+        """Whether we took the lead, and nobody did since."""
+        lead = self.lead()
+        return lead is not None and lead.epoch == self._epoch
+
+    @property
+    def epoch(self) -> int:
+        """Under which we lead, or led last; 0 before that."""
+        return self._epoch or 0
 
     def facts(self) -> dict[str, str]:
         """What this ledger is about: its id, federation, manifest."""
@@ -239,8 +130,25 @@ class Ledger:
             return int(self._connection.execute(select(func.coalesce(func.max(ENTRIES.c.seq), 0))).scalar_one())
 
     def append(self, entries: Sequence[Entry]) -> None:
-        if entries:
-            self._connection.execute(insert(ENTRIES), [asdict(entry) for entry in entries])
+        """At the end of the chain."""
+        if not entries:
+            return
+        chain, rows = self.chain_after(entries[0].seq - 1), []
+        for entry in entries:
+            chain = link(chain, entry)
+            rows.append({**asdict(entry), "chain": chain})
+        self._connection.execute(insert(ENTRIES), rows)
+
+    def chain_after(self, seq: int) -> str:
+        """What the entry after this one goes on from; 0 is the beginning. Raises DamagedError if there is no such entry."""
+        if seq == 0:
+            facts = self.facts()
+            return genesis(ledger=facts["ledger_id"], federation=facts["federation"], manifest=facts["manifest"])
+        with self._reading():
+            chain = self._connection.execute(select(ENTRIES.c.chain).where(ENTRIES.c.seq == seq)).scalar_one_or_none()
+        if chain is None:
+            raise DamagedError(f"{self.name}: entry {seq} is missing; restore it from a backup")
+        return str(chain)
 
     def decided(self, keys: Iterable[tuple[str, str]]) -> dict[tuple[str, str], Entry]:
         """What was decided about these (party, update id), without payloads."""
@@ -251,29 +159,94 @@ class Ledger:
             rows = self._connection.execute(query).mappings().all() if wanted else []
         return {(row["party"], row["update_id"]): Entry(**row) for row in rows}
 
-    def entries_after(self, seq: int, *, batch: int = 256) -> Iterator[Entry]:
-        """In order, with payloads."""
-        while True:
-            query = select(ENTRIES).where(ENTRIES.c.seq > seq).order_by(ENTRIES.c.seq).limit(batch)
+    def entries_after(self, seq: int) -> Iterator[Entry]:
+        """In order, with payloads, of which only so many are in memory at a time as fit `_READ_BYTES`."""
+        while last := self._batch_after(seq):
+            query = select(ENTRIES).where(ENTRIES.c.seq > seq, ENTRIES.c.seq <= last).order_by(ENTRIES.c.seq)
             with self._reading():
                 rows = self._connection.execute(query).mappings().all()
             yield from (Entry(**row) for row in rows)
-            if len(rows) < batch:
-                return
-            seq = rows[-1]["seq"]
+            seq = last
 
-    def strategies(self) -> list[Entry]:
-        """The entries that say by which settings the ones after them were merged."""
-        query = select(ENTRIES).where(ENTRIES.c.kind == "merging").order_by(ENTRIES.c.seq)
+    def _batch_after(self, seq: int) -> int | None:
+        """The last entry of those that are read together; None if there are no more."""
+        sizes = select(ENTRIES.c.seq, func.coalesce(func.length(ENTRIES.c.payload), 0))
+        with self._reading():
+            found = self._connection.execute(sizes.where(ENTRIES.c.seq > seq).order_by(ENTRIES.c.seq).limit(_READ_ENTRIES)).all()
+        last, total = None, 0
+        for number, size in found:
+            total += size
+            if last is not None and total > _READ_BYTES:
+                break
+            last = int(number)
+        return last
+
+    def entries_of(self, kind: str) -> list[Entry]:
+        """In order: `merging` say by which settings the ones after them were merged, `rollback` which versions count no more."""
+        query = select(ENTRIES).where(ENTRIES.c.kind == kind).order_by(ENTRIES.c.seq)
         with self._reading():
             return [Entry(**row) for row in self._connection.execute(query).mappings()]
 
+    def last_entry(self) -> Entry | None:
+        """Without its payload."""
+        columns = [column for column in ENTRIES.c if column.name != "payload"]
+        with self._reading():
+            row = self._connection.execute(select(*columns).order_by(ENTRIES.c.seq.desc()).limit(1)).mappings().one_or_none()
+        return None if row is None else Entry(**row)
+
+    def first_merged(self, party: str) -> Entry | None:
+        """The party's first update that went into the model, without its payload."""
+        columns = [column for column in ENTRIES.c if column.name != "payload"]
+        merged = (ENTRIES.c.party == party) & (ENTRIES.c.outcome.in_(("merged", "buffered")))
+        with self._reading():
+            row = (
+                self._connection.execute(select(*columns).where(merged).order_by(ENTRIES.c.seq).limit(1)).mappings().one_or_none()
+            )
+        return None if row is None else Entry(**row)
+
+    def parties(self) -> list[str]:
+        """Those who ever sent an update, in alphabetical order."""
+        query = select(ENTRIES.c.party).where(ENTRIES.c.party.is_not(None)).distinct().order_by(ENTRIES.c.party)
+        with self._reading():
+            return list(self._connection.execute(query).scalars())
+
+    def payload_bytes(self, *, upto: int) -> tuple[int, int]:
+        """How many entries up to this one have a payload that compaction may drop, and their bytes."""
+        query = select(func.count(), func.coalesce(func.sum(func.length(ENTRIES.c.payload)), 0)).where(_droppable(upto))
+        with self._reading():
+            count, size = self._connection.execute(query).one()
+        return int(count), int(size)
+
+    def drop_payloads(self, *, upto: int) -> None:
+        """Of the updates up to this entry; their digests stay. Settings stay too: they are small, and say how to go on."""
+        self._connection.execute(update(ENTRIES).where(_droppable(upto)).values(payload=None))
+
     def add_frame(self, frame: FrameRow) -> None:
-        """With its bodies."""
+        """With its bodies. The keyframe of a frame without a base is also what the frames after it go on from."""
         self._connection.execute(insert(FRAMES), [{column.name: getattr(frame, column.name) for column in FRAMES.c}])
-        for kind, body in (("frame", frame.body), ("keyframe", frame.keyframe)):
+        start = frame.keyframe if frame.base is None else None
+        for kind, body in (("frame", frame.body), ("keyframe", frame.keyframe), ("start", start)):
             if body is not None:
                 self._connection.execute(insert(BODIES).values(kind=kind, number=frame.number, body=body))
+
+    def starts(self) -> list[int]:
+        """The numbers of the frames that the chain of changes can begin with, in order."""
+        query = select(BODIES.c.number).where(BODIES.c.kind == "start").order_by(BODIES.c.number)
+        with self._reading():
+            return [int(number) for number in self._connection.execute(query).scalars()]
+
+    def start(self, number: int) -> bytes | None:
+        """The whole model that this frame left behind, as a keyframe."""
+        query = select(BODIES.c.body).where(BODIES.c.kind == "start", BODIES.c.number == number)
+        with self._reading():
+            body: bytes | None = self._connection.execute(query).scalar_one_or_none()
+        return body
+
+    def drop_bodies(self, *, upto: int, start: bytes) -> None:
+        """Of the frames up to this number, whose model `start` holds from now on. Keyframes that wait stay."""
+        gone = (BODIES.c.kind == "frame") & (BODIES.c.number <= upto) | (BODIES.c.kind == "start") & (BODIES.c.number <= upto)
+        self._connection.execute(delete(BODIES).where(gone))
+        self._connection.execute(insert(BODIES).values(kind="start", number=upto, body=start))
 
     def last_frame(self) -> FrameRow | None:
         """Without bodies."""
@@ -310,8 +283,8 @@ class Ledger:
             yield number, row.body
 
     def newest_keyframe(self) -> tuple[int, bytes] | None:
-        """Its number and body."""
-        keyframes = select(BODIES.c.number, BODIES.c.body).where(BODIES.c.kind == "keyframe")
+        """The number and body of the newest whole model, be it for the receivers or left by compaction."""
+        keyframes = select(BODIES.c.number, BODIES.c.body).where(BODIES.c.kind.in_(("keyframe", "start")))
         with self._reading():
             row = self._connection.execute(keyframes.order_by(BODIES.c.number.desc()).limit(1)).one_or_none()
         return None if row is None else (row.number, row.body)
@@ -341,6 +314,10 @@ class Ledger:
     def add_snapshot(self, snapshot: SnapshotRow) -> None:
         self._connection.execute(delete(SNAPSHOTS).where(SNAPSHOTS.c.seq == snapshot.seq))
         self._connection.execute(insert(SNAPSHOTS), [asdict(snapshot)])
+
+    def drop_snapshots(self, *, before: int) -> None:
+        """The rows of those that are of earlier entries; the files are left."""
+        self._connection.execute(delete(SNAPSHOTS).where(SNAPSHOTS.c.seq < before))
 
     def snapshots(self) -> list[SnapshotRow]:
         with self._reading():
@@ -425,6 +402,10 @@ class Ledger:
             ]
         return FrameTotals(*totals, *codecs)
 
+    def give_room_back(self) -> None:
+        """What was dropped takes no room on the disk any more. Takes as long as copying what is left."""
+        give_room_back(self._connection, self.name)
+
     def latest_version(self) -> int:
         with self._reading():
             return int(self._connection.execute(select(func.coalesce(func.max(ENTRIES.c.version), 0))).scalar_one())
@@ -433,17 +414,22 @@ class Ledger:
         return reading(self._connection, self.name)
 
 
+def _droppable(upto: int) -> ColumnElement[bool]:
+    return (ENTRIES.c.seq <= upto) & (ENTRIES.c.kind == "update") & ENTRIES.c.payload.is_not(None)
+
+
 @contextmanager
-def open_ledger_for_reading(file: Path) -> Iterator[Ledger]:
-    """An SQLite ledger, while its aggregator works or after. Raises ConfigurationError where there is none that it can read."""
-    if not file.exists():
-        raise ConfigurationError(f"there is no ledger at {file}: name the aggregator's folder by --state")
-    engine = open_for_reading(file)
+def open_ledger_for_reading(url: str) -> Iterator[Ledger]:
+    """While its aggregator works or after. Raises ConfigurationError where there is none that it can read, StorageError."""
+    name = display_name(url)
+    if not is_there(url):
+        raise ConfigurationError(f"there is no ledger at {name}: name the aggregator's folder by --state, or its --ledger")
+    engine = open_for_reading(url)
     try:
-        with storage_errors(str(file)):
+        with storage_errors(name):
             connection = engine.connect()
         with connection:
-            ledger = Ledger(connection, str(file))
+            ledger = Ledger(connection, name)
             _check_format(ledger)
             yield ledger
     finally:
@@ -453,7 +439,7 @@ def open_ledger_for_reading(file: Path) -> Iterator[Ledger]:
 @contextmanager
 def open_ledger(url: str) -> Iterator[Ledger]:
     """Raises ConfigurationError, DamagedError, StorageError. The first opening gives the ledger its id."""
-    engine = open_database(url, _TABLES)
+    engine = open_database(url, TABLES)
     name = display_name(url)
     try:
         # Not around the yield: whoever uses the ledger has errors of the file system of their own.
@@ -462,13 +448,22 @@ def open_ledger(url: str) -> Iterator[Ledger]:
         with connection:
             ledger = Ledger(connection, name)
             if "ledger_id" not in ledger.facts():
-                with ledger.transaction():
-                    ledger.set_fact("ledger_id", uuid.uuid4().hex)
-                    ledger.set_fact("format", FORMAT)
+                _begin(connection, ledger)
             _check_format(ledger)
             yield ledger
     finally:
         engine.dispose()
+
+
+def _begin(connection: Connection, ledger: Ledger) -> None:
+    """A standby that starts at the same moment may be the one that does it."""
+    facts = {"ledger_id": uuid.uuid4().hex, "format": FORMAT}
+    try:
+        with ledger.transaction():
+            connection.execute(insert(META), [{"key": key, "value": value} for key, value in facts.items()])
+    except DamagedError as exc:
+        if not isinstance(exc.__cause__, IntegrityError):
+            raise
 
 
 def _check_format(ledger: Ledger) -> None:

@@ -1,21 +1,26 @@
 """Version v = a snapshot + the ledger's updates after it; what receivers hold = a keyframe + the frames after it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
+import numpy as np
 import structlog
 
 from aggregator.admission import payload_digest
 from aggregator.broadcast import Held
-from aggregator.ledger import Entry, FrameRow, Ledger, SnapshotRow
+from aggregator.chain import link
+from aggregator.ledger import Ledger
 from aggregator.merging.fold import Contribution, State, Strategy, remember_base
 from aggregator.merging.strategies import build_strategy
+from aggregator.records import Entry, FrameRow, SnapshotRow
 from aggregator.snapshots import Snapshots, Stored
 from broker_fl.codecs.chain import change, rounded, whole_model
 from broker_fl.codecs.codec import decode, parse_codec
+from broker_fl.codecs.delta import Delta
 from broker_fl.config import MergingSettings
 from broker_fl.errors import BrokerFLError, DamagedError, DecodeError
-from broker_fl.parameters import Vector, digest
+from broker_fl.parameters import Vector, digest, fingerprint
 from schemas import wire
 from schemas.frame import ModelFrame
 from schemas.manifest import Manifest
@@ -30,25 +35,50 @@ class Recovered:
     merging: MergingSettings
     snapshot_version: int
     snapshot_seq: int
+    entry: Entry | None = None
+    """The one that was applied last; None at the start."""
 
 
 def recover(ledger: Ledger, snapshots: Snapshots, manifest: Manifest) -> Recovered:
     """From the newest snapshot that can be read.
 
-    Raises DamagedError if there is none, or if the result is not the model that the newest frame was made from.
+    Raises DamagedError if there is none, or if the result is not the model that the last entry says.
     """
-    last, state = _newest_readable(ledger, snapshots)
-    start = Recovered(state, last.seq, merging_at(ledger, last.seq), state.version, last.seq)
-    *_, recovered = replay(ledger, snapshots, manifest, start=start)
-    frame = ledger.last_frame()
-    if frame is not None and frame.version == recovered.state.version:
-        expect_digest(ledger, frame.version, expected=frame.model_digest, model=recovered.state.model)
+    recovered = begin(ledger, snapshots, snapshot_rows(ledger))
+    for reached in replay(ledger, snapshots, manifest, start=recovered):
+        recovered = reached
+    last = recovered.entry or ledger.last_entry()
+    if last is not None:
+        expect_model(ledger, last, recovered.state.model)
     return recovered
 
 
-def _newest_readable(ledger: Ledger, snapshots: Snapshots) -> tuple[SnapshotRow, State]:
+def begin(ledger: Ledger, snapshots: Snapshots, rows: Sequence[SnapshotRow]) -> Recovered:
+    """At the newest of these snapshots that can be read. Raises DamagedError if there is none."""
+    row, state = _newest_readable(snapshots, rows)
+    return Recovered(state, row.seq, merging_at(ledger, row.seq), state.version, row.seq)
+
+
+def state_at(
+    ledger: Ledger, snapshots: Snapshots, manifest: Manifest, *, version: int, before: int | None = None, skip: str | None = None
+) -> State:
+    """When the version was made; `before` this entry, since a ledger that goes on may make others of that number never again.
+
+    `skip`: as if this party had never taken part. Raises DamagedError if the ledger has not all that it takes.
+    """
+    rows = [row for row in snapshot_rows(ledger) if row.version <= version and (before is None or row.seq < before)]
+    if not rows:
+        raise DamagedError(f"{ledger.name} has no snapshot from which version {version} could be made again")
+    start = begin(ledger, snapshots, rows[:1] if skip is not None else rows)
+    for reached in replay(ledger, snapshots, manifest, start=start, skip=skip):
+        if reached.state.version == version:
+            return reached.state
+    raise DamagedError(f"{ledger.name} has never made a version {version}")
+
+
+def _newest_readable(snapshots: Snapshots, rows: Sequence[SnapshotRow]) -> tuple[SnapshotRow, State]:
     """An older one makes the same bits: what came after it is all in the ledger, and replay checks that."""
-    newest, *older = reversed(snapshot_rows(ledger))
+    newest, *older = reversed(rows)
     found = _read(snapshots, newest)
     if isinstance(found, State):
         return newest, found
@@ -76,11 +106,7 @@ def recover_held(ledger: Ledger, manifest: Manifest) -> Held | None:
     if newest is None:
         raise DamagedError(f"{ledger.name} has lost its keyframe; restore it from a backup")
     number, body = newest
-    try:
-        keyframe = wire.decode(ModelFrame, body)
-        model = whole_model(keyframe, manifest=manifest)
-    except BrokerFLError as exc:
-        raise DamagedError(f"{ledger.name}: the keyframe of frame {number} is damaged: {exc}") from exc
+    keyframe, model = open_whole(ledger, number, body, manifest=manifest)
     for frame in changed_by(ledger, model, after=number, manifest=manifest):
         number = frame.number
     if number != last.number or digest(model) != last.digest:
@@ -98,18 +124,37 @@ def changed_by(ledger: Ledger, model: Vector, *, after: int, manifest: Manifest)
             raise DamagedError(f"{ledger.name}: frame {after + 1} has lost its body; restore it from a backup")
         try:
             frame = wire.decode(ModelFrame, body)
-            if (frame.number, frame.base) != (number, after):
+            if (frame.number, frame.base) not in ((number, after), (number, None)):
                 raise DecodeError(f"it says that it changes frame {frame.base} to {frame.number}")
-            change(model, frame, manifest=manifest)
+            if frame.base is not None:
+                change(model, frame, manifest=manifest)
         except BrokerFLError as exc:
             raise DamagedError(f"{ledger.name}: the body of frame {number} is damaged: {exc}") from exc
+        if frame.base is None:
+            model[:] = start_of_chain(ledger, number, manifest=manifest)[1]
         after = number
         yield frame
 
 
-def first_held(first: FrameRow, model: Vector, *, manifest: Manifest) -> Vector:
-    """What the receivers hold after the first frame, of the first model; a new vector."""
-    return model.copy() if first.rounding is None else rounded(model, first.rounding, manifest=manifest)[1]
+def start_of_chain(ledger: Ledger, number: int, *, manifest: Manifest) -> tuple[ModelFrame, Vector]:
+    """What the receivers hold after this frame, from which the changes go on. Raises DamagedError."""
+    body = ledger.start(number)
+    if body is None:
+        raise DamagedError(f"{ledger.name} has lost the whole model of frame {number}; restore it from a backup")
+    return open_whole(ledger, number, body, manifest=manifest)
+
+
+def open_whole(ledger: Ledger, number: int, body: bytes, *, manifest: Manifest) -> tuple[ModelFrame, Vector]:
+    try:
+        frame = wire.decode(ModelFrame, body)
+        return frame, whole_model(frame, manifest=manifest)
+    except BrokerFLError as exc:
+        raise DamagedError(f"{ledger.name}: the keyframe of frame {number} is damaged: {exc}") from exc
+
+
+def held_anew(row: FrameRow, model: Vector, *, manifest: Manifest) -> Vector:
+    """What the receivers hold after a frame without a base that was made of this model; a new vector."""
+    return model.copy() if row.rounding is None else rounded(model, row.rounding, manifest=manifest)[1]
 
 
 def snapshot_rows(ledger: Ledger) -> list[SnapshotRow]:
@@ -131,18 +176,18 @@ def manifest_of_ledger(ledger: Ledger) -> Manifest:
     return Manifest.model_validate_json(facts["layout"])
 
 
-def expect_digest(ledger: Ledger, version: int, *, expected: str, model: Vector) -> None:
-    if digest(model) != expected:
+def expect_model(ledger: Ledger, entry: Entry, model: Vector) -> None:
+    if fingerprint(model) != entry.model_digest:
         raise DamagedError(
-            f"{ledger.name}: replaying its updates does not give its version {version}; restore ledger and snapshots "
-            "together from a backup"
+            f"{ledger.name}: entry {entry.seq} says another model than replay makes of version {entry.version}; restore ledger "
+            "and snapshots together from a backup"
         )
 
 
 def merging_at(ledger: Ledger, seq: int) -> MergingSettings:
     """The settings that entries after `seq` were merged by."""
     found: MergingSettings | None = None
-    for entry in ledger.strategies():
+    for entry in ledger.entries_of("merging"):
         if entry.seq <= seq:
             found = MergingSettings.model_validate_json(entry.payload or b"")
     if found is None:
@@ -150,16 +195,37 @@ def merging_at(ledger: Ledger, seq: int) -> MergingSettings:
     return found
 
 
-def replay(ledger: Ledger, snapshots: Snapshots, manifest: Manifest, *, start: Recovered) -> Iterator[Recovered]:
-    """The state at the start, then after each entry that changed it. The arrays of what was yielded before are overwritten."""
+def checked_entries(ledger: Ledger, *, after: int, upto: int | None = None) -> Iterator[Entry]:
+    """In order, each with its place in the chain confirmed. Raises DamagedError naming the first that is not as it was
+    written.
+    """
+    seq, chain = after, ledger.chain_after(after)
+    for entry in ledger.entries_after(after):
+        if upto is not None and entry.seq > upto:
+            return
+        if entry.seq != seq + 1:
+            raise DamagedError(f"{ledger.name}: entry {seq + 1} is missing; restore it from a backup")
+        check_payload(ledger, entry)
+        seq, chain = entry.seq, link(chain, entry)
+        if chain != entry.chain:
+            raise DamagedError(f"{ledger.name}: entry {seq} is not what was written: its hash differs; restore it from a backup")
+        yield entry
+
+
+def replay(
+    ledger: Ledger, snapshots: Snapshots, manifest: Manifest, *, start: Recovered, skip: str | None = None
+) -> Iterator[Recovered]:
+    """The state at the start, then after each entry. The arrays of what was yielded before are overwritten.
+
+    `skip`: the updates of this party keep their place, and add nothing. Versions and weights stay as recorded; what the others
+    would have trained from another model, nobody can know.
+    """
     strategy = build_strategy(start.merging)
     current = start
-    bases = _Bases(ledger, snapshots, manifest)
+    bases: _Bases = _OwnBases(ledger) if skip is not None else _BroadcastBases(ledger, manifest)
     current = replace(current, state=bases.add(strategy, current.state))
     yield current
-    for entry in ledger.entries_after(start.seq):
-        if entry.seq != current.seq + 1:
-            raise DamagedError(f"{ledger.name}: entry {current.seq + 1} is missing; restore it from a backup")
+    for entry in checked_entries(ledger, after=start.seq):
         state, merging = current.state, current.merging
         if entry.kind == "merging":
             merging = MergingSettings.model_validate_json(entry.payload or b"")
@@ -167,24 +233,39 @@ def replay(ledger: Ledger, snapshots: Snapshots, manifest: Manifest, *, start: R
             state = replace(state, bases={})
         elif entry.kind == "flush":
             state = strategy.flush(state)
+        elif entry.kind == "rollback":
+            state = rolled_back(state, _target(ledger, snapshots, manifest, entry, skip=skip))
         elif entry.outcome in ("merged", "buffered"):
-            state = _apply(strategy, state, entry, manifest, ledger)
+            state = _apply(strategy, state, entry, manifest, ledger, is_void=entry.party == skip)
         if state.version != entry.version:
             raise DamagedError(f"{ledger.name}: entry {entry.seq} should make version {entry.version}, not {state.version}")
         state = bases.add(strategy, state)
-        current = replace(current, state=state, seq=entry.seq, merging=merging)
+        current = replace(current, state=state, seq=entry.seq, merging=merging, entry=entry)
         yield current
 
 
-def _apply(strategy: Strategy, state: State, entry: Entry, manifest: Manifest, ledger: Ledger) -> State:
-    if entry.payload is None or entry.codec is None or entry.base_version is None or entry.party is None:
+def rolled_back(state: State, target: State) -> State:
+    """The next version, with the model of an earlier one. What was gathered and not merged is dropped."""
+    return State(version=state.version + 1, model=target.model.copy())
+
+
+def _target(ledger: Ledger, snapshots: Snapshots, manifest: Manifest, entry: Entry, *, skip: str | None) -> State:
+    """What a rollback went back to: made again, or where compaction took away what that needs, as it was kept."""
+    version = entry.base_version or 0
+    rows = snapshot_rows(ledger)
+    if skip is not None or rows[0].version <= version:
+        return state_at(ledger, snapshots, manifest, version=version, before=entry.seq, skip=skip)
+    kept = next((row for row in rows if row.seq == entry.seq), None)
+    if kept is None:
+        raise DamagedError(f"{ledger.name} has lost the snapshot of entry {entry.seq}, a rollback; restore it from a backup")
+    return snapshots.read(Stored(kept.file, kept.sha256))
+
+
+def _apply(strategy: Strategy, state: State, entry: Entry, manifest: Manifest, ledger: Ledger, *, is_void: bool) -> State:
+    if entry.codec is None or entry.base_version is None or entry.party is None:
         raise DamagedError(f"{ledger.name}: entry {entry.seq} lacks what was merged; restore it from a backup")
-    check_payload(ledger, entry)
-    try:
-        delta = decode(entry.payload, parse_codec(entry.codec), manifest=manifest)
-    except BrokerFLError as exc:
-        raise DamagedError(f"{ledger.name}: the payload of entry {entry.seq} is damaged: {exc}") from exc
-    contribution = Contribution(entry.party, delta, entry.base_version, entry.num_samples or 1)
+    delta = _nothing(manifest) if is_void else _delta(entry, manifest, ledger)
+    contribution = Contribution(entry.party, delta, entry.base_version, entry.num_samples or 1, is_void=is_void)
     state, outcome = strategy.apply(state, contribution)
     recorded = (entry.outcome, entry.staleness, entry.weight)
     if recorded != (outcome.kind, outcome.staleness, outcome.weight):
@@ -192,17 +273,47 @@ def _apply(strategy: Strategy, state: State, entry: Entry, manifest: Manifest, l
     return state
 
 
+def _nothing(manifest: Manifest) -> Delta:
+    return Delta(manifest.size, np.empty(0, np.float32), np.empty(0, np.int64))
+
+
+def _delta(entry: Entry, manifest: Manifest, ledger: Ledger) -> Delta:
+    if entry.payload is None:
+        raise DamagedError(f"{ledger.name}: entry {entry.seq} lacks what was merged; restore it from a backup")
+    try:
+        return decode(entry.payload, parse_codec(entry.codec or ""), manifest=manifest)
+    except BrokerFLError as exc:
+        raise DamagedError(f"{ledger.name}: the payload of entry {entry.seq} is damaged: {exc}") from exc
+
+
 def check_payload(ledger: Ledger, entry: Entry) -> None:
-    if entry.payload_digest is not None and payload_digest(entry.payload or b"") != entry.payload_digest:
+    """Where there is one: compaction drops payloads, and leaves the digests, which the chain holds."""
+    if entry.payload is not None and payload_digest(entry.payload) != entry.payload_digest:
         raise DamagedError(f"{ledger.name}: the payload of entry {entry.seq} differs from its digest; restore it from a backup")
 
 
-class _Bases:
+class _Bases(Protocol):
+    def add(self, strategy: Strategy, state: State) -> State:
+        """With the broadcast model of its version, where there was one and the strategy needs it."""
+
+
+class _OwnBases:
+    """What would have been broadcast if another model had come of the same versions, but for what codecs leave out."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._versions = {frame.version for frame in ledger.frames_from(0)}
+
+    def add(self, strategy: Strategy, state: State) -> State:
+        if not strategy.keeps_bases or state.version in state.bases or state.version not in self._versions:
+            return state
+        return remember_base(strategy, state, broadcast=state.model.copy())
+
+
+class _BroadcastBases:
     """The broadcast models that model mixing needs again, made anew where replay passes a version that was broadcast."""
 
-    def __init__(self, ledger: Ledger, snapshots: Snapshots, manifest: Manifest) -> None:
+    def __init__(self, ledger: Ledger, manifest: Manifest) -> None:
         self._ledger = ledger
-        self._snapshots = snapshots
         self._manifest = manifest
         self._numbers: dict[int, int] | None = None
         self._model: Vector | None = None
@@ -228,13 +339,15 @@ class _Bases:
         return remember_base(strategy, state, broadcast=model.copy())
 
     def _begin(self, state: State, numbers: dict[int, int]) -> Vector:
-        """At the newest base of the snapshot; where it has none, as after a change of strategy, at the first frame."""
+        """At the newest base of the snapshot; where it has none, as after a change of strategy, at the start of the chain."""
         known = max((version for version in state.bases if version in numbers), default=None)
         if known is not None:
             self._number, model = numbers[known], state.bases[known].copy()
         else:
-            first_row, first_snapshot = self._ledger.frames_from(0)[0], snapshot_rows(self._ledger)[0]
-            first = self._snapshots.read(Stored(first_snapshot.file, first_snapshot.sha256))
-            self._number, model = 1, first_held(first_row, first.model, manifest=self._manifest)
+            starts = self._ledger.starts()
+            if not starts:
+                raise DamagedError(f"{self._ledger.name} has lost the whole model of its first frame; restore it from a backup")
+            self._number = max((start for start in starts if start <= numbers[state.version]), default=starts[0])
+            model = start_of_chain(self._ledger, self._number, manifest=self._manifest)[1]
         self._frames = changed_by(self._ledger, model, after=self._number, manifest=self._manifest)
         return model

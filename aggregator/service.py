@@ -1,13 +1,13 @@
 """The aggregator as a process: receive, examine, decide, answer, acknowledge; and publish what the ledger's outbox holds.
 
-Sessions come and go with the broker's connection; the coordinator lives as long as the process. The loop never computes:
-messages are decoded in a pool of threads, and everything about the ledger and the model runs in one thread of its own.
+Sessions come and go with the broker's connection; the coordinator lives as long as the process. Of several aggregators of one
+federation the first one leads, and the others stand by. The loop never computes: messages are decoded in a pool of threads, and
+everything about the ledger and the model runs in one thread of its own.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -17,17 +17,22 @@ from aggregator.admission import Limits, Refused, examine, identify
 from aggregator.broadcast import announcement
 from aggregator.coordinator import Clock, Coordinator
 from aggregator.decisions import Arrival, PartBody, Verdict
-from aggregator.ledger import FrameRow
+from aggregator.leadership import Candidate, candidacy
+from aggregator.records import FrameRow
 from broker_fl.errors import (
+    BrokerError,
     BrokerUnavailableError,
     DecodeError,
+    FencedError,
     NotFoundError,
     PublishTimeoutError,
     QueueInUseError,
+    StorageUnavailableError,
     UnroutableError,
     first_of,
 )
-from broker_fl.topology import Names, Topology
+from broker_fl.failpoints import reach
+from broker_fl.topology import Binding, Names, Topology
 from broker_fl.transports.parts import PART, PARTS, part_of, split
 from broker_fl.transports.retry import Backoff
 from broker_fl.transports.transport import Connect, Delivery, Header, Message, Subscription, Transport
@@ -37,6 +42,14 @@ from schemas.event import Event, EventKind, UpdateFacts
 log = structlog.get_logger(__name__)
 
 Result = TypeVar("Result")
+
+_LOOK_WHO_LEADS_S = 2.0
+_LOOKS_IN_VAIN = 3
+"""A candidate that is not elected asks its ledger who leads. A leader that was just elected has some time to write itself in."""
+
+_FENCED_AT_MOST = 5
+_FENCED_WITHIN_S = 60.0
+"""More often than that, and two leaders take one ledger from each other, which they can only do on two brokers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +80,11 @@ class Decision:
 
 
 class Aggregator:
-    """Runs until the federation is over, `seconds` have passed, or `stop` is called."""
+    """Runs until the federation is over, `seconds` have passed, or `stop` is called.
+
+    `on_lead` is called when it begins to lead; `enrolled` asks the broker for the names of all parties, and may raise
+    BrokerError.
+    """
 
     def __init__(
         self,
@@ -79,6 +96,8 @@ class Aggregator:
         pace: Pace,
         clock: Clock,
         seconds: float | None = None,
+        on_lead: Callable[[], None] = lambda: None,
+        enrolled: Callable[[], Awaitable[Sequence[str]]] | None = None,
     ) -> None:
         self._connect = connect
         self._coordinator = coordinator
@@ -88,10 +107,14 @@ class Aggregator:
         self._pace = pace
         self._clock = clock
         self._seconds = seconds
+        self._on_lead = on_lead
+        self._enrolled = enrolled
         self._winding_down = asyncio.Event()
         self._stopped = asyncio.Event()
         self._frame_waits = asyncio.Event()
         self._failure: Exception | None = None
+        self._is_open = False
+        self._fenced_at: list[float] = []
         self._ledger_thread = ThreadPoolExecutor(1, thread_name_prefix="ledger")
         self._decoders = ThreadPoolExecutor(2, thread_name_prefix="decode")
 
@@ -101,24 +124,29 @@ class Aggregator:
         self._winding_down.set()
 
     async def run(self, open_state: Callable[[], None]) -> None:
-        """`open_state` opens the coordinator, in the ledger's thread.
+        """`open_state` opens the coordinator, in the ledger's thread, each time that this aggregator begins to lead.
 
         Raises StorageError, and BrokerError if the broker can't be reached at the start; later losses are mended.
         """
         try:
-            await self._in_ledger(open_state)
-            if self._coordinator.goal_reached():
-                await self._finish()
             async with asyncio.TaskGroup() as group:
                 timer = group.create_task(self._finish_after_seconds())
-                await self._sessions()
+                await self._sessions(open_state)
                 timer.cancel()
-            await self._in_ledger(self._coordinator.close)
+            await self._close()
         finally:
             for executor in (self._decoders, self._ledger_thread):
                 await asyncio.shield(asyncio.to_thread(executor.shutdown, cancel_futures=True))
 
-    async def _sessions(self) -> None:
+    async def _close(self) -> None:
+        if self._is_open:
+            self._is_open = False
+            try:
+                await self._in_ledger(self._coordinator.close)
+            except FencedError as exc:
+                log.warning("another one leads now", reason=str(exc))
+
+    async def _sessions(self, open_state: Callable[[], None]) -> None:
         """Until one ends by itself. A federation that is over stays until its last frame is out."""
         backoff = Backoff()
         was_up = is_done = False
@@ -126,13 +154,17 @@ class Aggregator:
             try:
                 async with (
                     self._connect(f"aggregator:{self._names.federation}") as transport,
-                    self._alone(transport),
+                    candidacy(transport, self._names) as candidate,
                 ):
                     was_up = True
                     backoff.reset()
-                    await self._session(transport)
+                    if await self._is_elected(candidate):
+                        await self._begin_to_lead(open_state)
+                        await self._session(transport, candidate)
+                        # Before the lead is given up: whoever takes it finds all that we have.
+                        await self._close()
                     is_done = True
-            except* (BrokerUnavailableError, PublishTimeoutError, NotFoundError, QueueInUseError, UnroutableError) as lost:
+            except* (BrokerUnavailableError, PublishTimeoutError, NotFoundError, UnroutableError) as lost:
                 if not was_up:
                     raise
                 # A broker that starts again may not know its vhost or queues for a while, or still know our last connection. A
@@ -140,20 +172,64 @@ class Aggregator:
                 log.warning("broker lost, trying again", reason=str(first_of(lost)), wait_s=round(backoff.next_s, 1))
                 # Not unless winding down: a federation that is over waits for its broker too, and must not do so without a pause.
                 await backoff.wait(unless=self._stopped)
+            except* StorageUnavailableError as lost:
+                self._forget_state()
+                log.warning("ledger lost, trying again", reason=str(first_of(lost)), wait_s=round(backoff.next_s, 1))
+                await backoff.wait(unless=self._stopped)
+            except* FencedError as fenced:
+                self._forget_state()
+                log.warning("another one leads now: standing by", reason=str(first_of(fenced)))
+                self._count_fence(fenced)
 
-    @asynccontextmanager
-    async def _alone(self, transport: Transport) -> AsyncIterator[None]:
-        """Two aggregators with ledgers of their own would broadcast two models into one log."""
-        try:
-            async with transport.hold(self._names.aggregator):
-                yield
-        except QueueInUseError as exc:
-            raise QueueInUseError(
-                f"another aggregator is at work on federation {self._names.federation!r}: end it first, or take another name"
-            ) from exc
+    def _forget_state(self) -> None:
+        """It is made anew from the ledger when this aggregator leads again."""
+        self._failure = None
+        self._is_open = False
 
-    async def _session(self, transport: Transport) -> None:
-        await transport.declare(self._topology)
+    def _count_fence(self, fenced: BaseException) -> None:
+        now = asyncio.get_running_loop().time()
+        self._fenced_at = [at for at in self._fenced_at if now - at < _FENCED_WITHIN_S] + [now]
+        if len(self._fenced_at) > _FENCED_AT_MOST:
+            raise FencedError(
+                f"another aggregator takes this ledger again and again, though federation {self._names.federation!r} has one "
+                "leader on this broker: does it work on another broker?"
+            ) from fenced
+
+    async def _is_elected(self, candidate: Candidate) -> bool:
+        """Waits until nobody else leads; False if it is stopped before."""
+        async with asyncio.TaskGroup() as group:
+            election = group.create_task(candidate.elected())
+            others = [group.create_task(service) for service in (self._stopped.wait(), self._look_who_leads())]
+            await asyncio.wait((election, others[0]), return_when=asyncio.FIRST_COMPLETED)
+            is_elected = election.done()
+            for task in (election, *others):
+                task.cancel()
+        return is_elected
+
+    async def _look_who_leads(self) -> None:
+        """Raises QueueInUseError where the leader has another ledger: two models would go into one log, one after the other."""
+        for _ in range(_LOOKS_IN_VAIN):
+            await asyncio.sleep(_LOOK_WHO_LEADS_S)
+            if (lead := await self._in_ledger(self._coordinator.other_leader)) is not None:
+                log.info("standing by: another aggregator leads", federation=self._names.federation, leader=lead.holder)
+                return
+        raise QueueInUseError(
+            f"another aggregator, with another ledger, is at work on federation {self._names.federation!r}: end it first, name "
+            "its ledger to stand by for it, or take another name"
+        )
+
+    async def _begin_to_lead(self, open_state: Callable[[], None]) -> None:
+        """With the state in memory, where nobody else led since; else with what the ledger has."""
+        if not (self._is_open and await self._in_ledger(lambda: self._coordinator.is_leading)):
+            self._is_open = False
+            await self._in_ledger(open_state)
+            self._is_open = True
+        self._on_lead()
+        if self._coordinator.goal_reached():
+            await self._finish()
+
+    async def _session(self, transport: Transport, candidate: Candidate) -> None:
+        await self._declare(transport)
         await self._tell(transport, "aggregator.started", {"over": self._coordinator.is_over})
         log.info("aggregator is up", federation=self._names.federation, version=self._coordinator.version)
         if not await self._publish_outbox(transport, with_last=self._coordinator.is_over):
@@ -162,7 +238,8 @@ class Aggregator:
             return
         async with asyncio.TaskGroup() as group:
             group.create_task(self._publish_frames(transport))
-            others = [group.create_task(self._watch_accuracy(transport)), group.create_task(self._tick())]
+            beside = (self._watch_accuracy(transport), self._tick(), candidate.keep())
+            others = [group.create_task(service) for service in beside]
             await self._merge_updates(transport)
             for task in others:
                 task.cancel()
@@ -170,6 +247,22 @@ class Aggregator:
             self._frame_waits.set()
         await self._publish_outbox(transport, with_last=True)
         await self._tell(transport, "aggregator.stopped", {"over": self._coordinator.is_over})
+
+    async def _declare(self, transport: Transport) -> None:
+        """What is shared. Where somebody deleted the updates queue, the bindings of the parties went with it, and they may not
+        bind.
+        """
+        was_there = await transport.has_queue(self._names.updates)
+        await transport.declare(self._topology)
+        if was_there:
+            return
+        for name in await self._known_parties():
+            try:
+                await transport.declare(Topology(bindings=(Binding(self._names.up(name), self._names.updates),)))
+            except NotFoundError:
+                log.info("a party that sent updates is enrolled no more", party=name)
+            else:
+                log.warning("the updates queue was not there: the party is bound to it again", party=name)
 
     async def _merge_updates(self, transport: Transport) -> None:
         """Three stages that work at the same time; each group of messages passes through them in order.
@@ -222,11 +315,21 @@ class Aggregator:
         while (group := await decided.get()) is not None:
             answered = list(zip(group.deliveries, group.verdicts, strict=False))
             await asyncio.gather(*(self._answer(transport, delivery, verdict) for delivery, verdict in answered))
+            reach("aggregator.answered")
             if answered:
                 await subscription.acknowledge(answered[-1][0].tag, multiple=True)
+                reach("aggregator.acknowledged")
                 await self._tell(transport, "updates.decided", {}, updates=update_facts(group.verdicts))
             if self._coordinator.goal_reached():
                 await self._finish()
+
+    async def _known_parties(self) -> Sequence[str]:
+        known = set(await self._in_ledger(self._coordinator.parties))
+        try:
+            known.update(await self._enrolled() if self._enrolled is not None else ())
+        except BrokerError as exc:
+            log.warning("who is enrolled could not be asked: only those who sent updates are known", reason=str(exc))
+        return sorted(known)
 
     async def _answer(self, transport: Transport, delivery: Delivery, verdict: Verdict) -> None:
         # After a crash before the answers went out, a redelivered duplicate is the second chance for quarantine.
@@ -269,7 +372,9 @@ class Aggregator:
         while (frame := await self._in_ledger(self._coordinator.unpublished)) is not None:
             if frame.over and self._coordinator.is_over and not with_last:
                 break
+            reach("aggregator.frame")
             await self._publish_frame(transport, frame)
+            reach("aggregator.published")
             await self._in_ledger(self._coordinator.published, frame.number)
             await self._tell_published(transport, frame)
             has_keyframe = frame.keyframe is not None
@@ -298,6 +403,7 @@ class Aggregator:
             codec = frame.keyframe_codec or ""
             headers = {**common, "x-fl-kind": "keyframe", "x-fl-codec": codec, "x-fl-bytes": len(frame.keyframe)}
             await self._publish_in_parts(transport, Message(self._names.keyframes, frame.keyframe, "", message_id, headers))
+            reach("aggregator.keyframe")
         headers = {**common, "x-fl-kind": _kind(frame), "x-fl-codec": frame.codec, "x-fl-bytes": frame.size}
         if frame.base is not None:
             headers["x-fl-base"] = frame.base
@@ -308,6 +414,8 @@ class Aggregator:
         # In a thread: the first part comes when the digest of all of them is made.
         while (part := await asyncio.to_thread(next, parts, None)) is not None:
             await transport.publish(part)
+            if PART in part.headers:
+                reach("aggregator.frame-part")
 
     async def _tell_published(self, transport: Transport, frame: FrameRow) -> None:
         log.info("model broadcast", version=frame.version, kind=_kind(frame), bytes=frame.size, over=frame.over)
@@ -350,9 +458,17 @@ class Aggregator:
         self._winding_down.set()
 
     async def _finish_after_seconds(self) -> None:
-        if self._seconds is not None:
-            await asyncio.sleep(self._seconds)
-            await self._finish()
+        """One that stands by leaves the end of the federation to the leader."""
+        if self._seconds is None:
+            return
+        await asyncio.sleep(self._seconds)
+        try:
+            if self._is_open:
+                await self._finish()
+            else:
+                self.stop()
+        except FencedError:
+            self.stop()
 
     async def _tell(
         self,

@@ -7,6 +7,7 @@ but not merged rides along under names that no model uses.
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +19,8 @@ from safetensors.numpy import load, save
 
 from aggregator.merging.fold import Buffer, State
 from broker_fl.database import storage_errors
-from broker_fl.errors import DamagedError
-from broker_fl.parameters import flatten, unflatten
+from broker_fl.errors import ConfigurationError, DamagedError
+from broker_fl.parameters import Vector, flatten, unflatten
 from schemas.manifest import Manifest
 
 _BUFFER = "broker_fl.buffer"
@@ -39,8 +40,10 @@ class Snapshots:
         self._root = root.rstrip("/")
         self._manifest = manifest
 
-    def write(self, state: State, *, seq: int) -> Stored:
-        """Durable when it returns. Raises StorageFullError, StorageError."""
+    def write(self, state: State, *, seq: int, ledger: str, epoch: int) -> Stored:
+        """Durable when it returns. A leader that was replaced, and does not know it yet, has another `epoch`, and writes another
+        file. Raises StorageFullError, StorageError.
+        """
         tensors: dict[str, NDArray[np.float32]] = unflatten(state.model, self._manifest)
         facts = {"version": str(state.version), "seq": str(seq), "format": "pt"}
         if state.buffer is not None:
@@ -49,7 +52,7 @@ class Snapshots:
         bases = {f"{_BASE}{version}": base for version, base in state.bases.items()}
         tensors = {**tensors, **bases}
         data = save(tensors, metadata=facts)
-        file = f"model-v{state.version:08d}-s{seq:08d}.safetensors"
+        file = f"{_prefix(ledger)}v{state.version:08d}-s{seq:08d}-e{epoch:04d}.safetensors"
         with storage_errors(f"{self._root}/{file}"):
             self._write_whole(file, data)
         return Stored(file, hashlib.sha256(data).hexdigest())
@@ -79,6 +82,22 @@ class Snapshots:
             buffer=None if total is None else _buffer(total, facts["buffer"]),
         )
 
+    def files(self, ledger: str) -> list[str]:
+        """The names of all that was ever written for this ledger and is there, also of what was not finished."""
+        with storage_errors(self._root):
+            filesystem, folder = fsspec.core.url_to_fs(self._root)
+            found = filesystem.ls(folder, detail=False) if filesystem.exists(folder) else []
+        names = sorted(str(path).rstrip("/").rpartition("/")[2] for path in found)
+        return [name for name in names if name.startswith(_prefix(ledger))]
+
+    def remove(self, file: str) -> None:
+        """Raises StorageError; that it is not there is no error."""
+        path = f"{self._root}/{file}"
+        with storage_errors(path):
+            filesystem, name = fsspec.core.url_to_fs(path)
+            if filesystem.exists(name):
+                filesystem.rm_file(name)
+
     def _write_whole(self, file: str, data: bytes) -> None:
         if "://" in self._root:
             with fsspec.open(f"{self._root}/{file}", "wb") as sink:
@@ -98,6 +117,27 @@ class Snapshots:
             os.fsync(entry)
         finally:
             os.close(entry)
+
+
+def write_model(model: Vector, file: Path, *, manifest: Manifest, facts: Mapping[str, str]) -> None:
+    """The model alone, under its own names. Raises ConfigurationError rather than write over a file, StorageError."""
+    data = save(unflatten(model, manifest), metadata={"format": "pt", **facts})
+    with storage_errors(str(file)):
+        try:
+            with file.open("xb") as sink:
+                sink.write(data)
+        except FileExistsError as exc:
+            raise ConfigurationError(f"{file} exists already: move it away first") from exc
+
+
+def _prefix(ledger: str) -> str:
+    """Several ledgers may share one store."""
+    return f"model-{ledger[:8]}-"
+
+
+def epoch_of(file: str) -> int:
+    """Of a name that `files` gave."""
+    return int(file.partition(".")[0].rpartition("-e")[2])
 
 
 def _metadata(data: bytes) -> dict[str, str]:

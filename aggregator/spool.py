@@ -2,7 +2,8 @@
 
 from aggregator.admission import Refused, Sender
 from aggregator.decisions import PartBody
-from aggregator.ledger import Ledger, PartRow
+from aggregator.ledger import Ledger
+from aggregator.records import PartRow
 from broker_fl.errors import DecodeError
 from broker_fl.transports.parts import join
 

@@ -1,24 +1,27 @@
-"""Whether a ledger tells the truth: every version and every frame from the first on, made again and compared."""
+"""Whether a ledger tells the truth: every entry, version and frame from the first on, made again and compared."""
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from aggregator.ledger import FrameRow, Ledger, SnapshotRow
+from aggregator.ledger import Ledger
+from aggregator.records import Entry, FrameRow, SnapshotRow
 from aggregator.recovery import (
     Recovered,
     changed_by,
-    check_payload,
-    expect_digest,
-    first_held,
+    checked_entries,
+    expect_model,
+    held_anew,
     manifest_of_ledger,
     merging_at,
+    open_whole,
     replay,
     snapshot_rows,
+    start_of_chain,
 )
 from aggregator.snapshots import Snapshots, Stored
-from broker_fl.codecs.chain import whole_model
 from broker_fl.errors import BrokerFLError, DamagedError
-from broker_fl.parameters import Vector, digest
+from broker_fl.parameters import Vector, digest, fingerprint
 from schemas import wire
 from schemas.frame import ModelFrame
 from schemas.manifest import Manifest
@@ -35,7 +38,11 @@ class Verified:
     version: int
     frames: int
     snapshots: int
+    replayed_from: int
+    """The version of the first snapshot; what came before it was dropped, but for its place in the chain."""
     model_digest: str
+    chain: str
+    """Of the last entry: whoever notes it down can tell later whether anything before it was changed."""
 
 
 def verify(ledger: Ledger, snapshots: Snapshots) -> Verified:
@@ -43,93 +50,141 @@ def verify(ledger: Ledger, snapshots: Snapshots) -> Verified:
     manifest = manifest_of_ledger(ledger)
     rows = snapshot_rows(ledger)
     first = rows[0]
-    state = snapshots.read(Stored(first.file, first.sha256))
-    start = Recovered(state, first.seq, merging_at(ledger, first.seq), state.version, first.seq)
     frames = ledger.frames_from(0)
     keyframe = ledger.newest_keyframe()
-    pending = _Pending(iter(rows), iter(frames), _Chain(ledger, manifest))
-    last = start
+    counts: Counter[str] = Counter()
+    last: Entry | None = None
+    for last in checked_entries(ledger, after=0, upto=first.seq):
+        counts[_kind(last)] += 1
+    state = snapshots.read(Stored(first.file, first.sha256))
+    start = Recovered(state, first.seq, merging_at(ledger, first.seq), state.version, first.seq)
+    chain = _Chain(ledger, manifest, frames)
+    pending = _Pending(rows, [frame for frame in frames if chain.is_due(frame, version=state.version)], chain)
+    reached = start
     for reached in replay(ledger, snapshots, manifest, start=start):
+        entry = reached.entry
+        if entry is not None:
+            counts[_kind(entry)] += 1
+            pending.check_model(ledger, entry, reached.state.model)
+            last = entry
+        elif last is not None:
+            pending.check_model(ledger, last, reached.state.model)
         pending.check(ledger, snapshots, reached)
-        last = reached
     pending.expect_nothing_left(ledger)
     if keyframe is not None:
         _expect_whole(ledger, frames, manifest, number=keyframe[0], body=keyframe[1])
-    counts = _count(ledger)
     return Verified(
-        entries=sum(counts.values()),
-        merged=counts.get("merged", 0),
-        buffered=counts.get("buffered", 0),
-        refused=counts.get("refused", 0),
-        version=last.state.version,
+        entries=counts.total(),
+        merged=counts["merged"],
+        buffered=counts["buffered"],
+        refused=counts["refused"],
+        version=reached.state.version,
         frames=len(frames),
         snapshots=len(rows),
-        model_digest=digest(last.state.model),
+        replayed_from=first.version,
+        model_digest=digest(reached.state.model),
+        chain=last.chain if last is not None else "",
     )
+
+
+def _kind(entry: Entry) -> str:
+    return entry.outcome or entry.kind
 
 
 class _Chain:
     """What the receivers hold, frame by frame, by decoding alone."""
 
-    def __init__(self, ledger: Ledger, manifest: Manifest) -> None:
+    def __init__(self, ledger: Ledger, manifest: Manifest, rows: Sequence[FrameRow]) -> None:
         self._ledger = ledger
         self._manifest = manifest
+        self._rows = rows
+        self._first = next(iter(ledger.starts()), 1)
         self._model: Vector | None = None
         self._frames: Iterator[ModelFrame] = iter(())
         self._log_bytes = 0
 
+    def is_due(self, row: FrameRow, *, version: int) -> bool:
+        """Whether replay from this version passes the frame; compaction may have left older ones without bodies."""
+        return row.number >= self._first and row.version >= version
+
     def check(self, row: FrameRow, version_model: Vector) -> None:
         """The next frame, which was made from this model."""
         if self._model is None:
-            self._model = first_held(row, version_model, manifest=self._manifest)
-            frame = self._first(row)
-            self._frames = changed_by(self._ledger, self._model, after=row.number, manifest=self._manifest)
-        else:
-            found = next(self._frames, None)
-            if found is None:
-                raise DamagedError(f"{self._ledger.name}: frame {row.number} has lost its body; restore it from a backup")
-            frame = found
+            self._begin()
+        # Where the chain begins with a change, compaction took its body, and left what it made.
+        has_body = row.number != self._first or row.base is None
+        frame = self._next(row) if has_body else None
+        held = self._model
+        if held is None or digest(held) != row.digest:
+            raise DamagedError(f"{self._ledger.name}: frame {row.number} decodes to another model than its digest says")
+        if row.base is None and digest(held_anew(row, version_model, manifest=self._manifest)) != row.digest:
+            raise DamagedError(f"{self._ledger.name}: frame {row.number} holds another model than that of version {row.version}")
+        if frame is not None:
+            self._expect_as_recorded(frame, row)
+
+    def _next(self, row: FrameRow) -> ModelFrame:
+        frame = self._body_of_first() if row.number == self._first else next(self._frames, None)
+        if frame is None:
+            raise DamagedError(f"{self._ledger.name}: frame {row.number} has lost its body; restore it from a backup")
         if frame.number != row.number:
             raise DamagedError(f"{self._ledger.name}: frame {frame.number} has lost its row; restore it from a backup")
-        if digest(self._model) != row.digest:
-            raise DamagedError(f"{self._ledger.name}: frame {row.number} decodes to another model than its digest says")
-        self._expect_as_recorded(frame, row)
+        return frame
 
-    def _first(self, row: FrameRow) -> ModelFrame:
-        number, body = next(self._ledger.bodies_after(0), (0, b""))
-        if number != row.number:
-            raise DamagedError(f"{self._ledger.name}: frame {row.number} has lost its body; restore it from a backup")
+    def _body_of_first(self) -> ModelFrame | None:
+        number, body = next(self._ledger.bodies_after(self._first - 1), (0, b""))
+        if number != self._first:
+            return None
         try:
             return wire.decode(ModelFrame, body)
         except BrokerFLError as exc:
-            raise DamagedError(f"{self._ledger.name}: the body of frame {row.number} is damaged: {exc}") from exc
+            raise DamagedError(f"{self._ledger.name}: the body of frame {number} is damaged: {exc}") from exc
+
+    def _begin(self) -> None:
+        first = next((row for row in self._rows if row.number == self._first), None)
+        if first is None:
+            raise DamagedError(f"{self._ledger.name}: frame {self._first} has lost its row; restore it from a backup")
+        self._log_bytes = first.log_bytes
+        self._model = start_of_chain(self._ledger, self._first, manifest=self._manifest)[1]
+        self._frames = changed_by(self._ledger, self._model, after=self._first, manifest=self._manifest)
 
     def _expect_as_recorded(self, frame: ModelFrame, row: FrameRow) -> None:
-        said = (frame.number, frame.base, frame.version, frame.digest, frame.codec, frame.rounding, frame.over, frame.log_bytes)
-        log_bytes = self._log_bytes + len(frame.payload)
-        if said != (row.number, row.base, row.version, row.digest, row.codec, row.rounding, row.over, log_bytes):
+        said = (frame.number, frame.base, frame.version, frame.digest, frame.codec, frame.rounding, frame.over)
+        if said != (row.number, row.base, row.version, row.digest, row.codec, row.rounding, row.over):
             raise DamagedError(f"{self._ledger.name}: the body of frame {row.number} says something else than its row")
-        self._log_bytes += row.size if row.base is not None else 0
-        if row.log_bytes != self._log_bytes:
+        before, self._log_bytes = self._log_bytes, row.log_bytes
+        added = row.log_bytes - before
+        if frame.log_bytes != (row.log_bytes if row.base is None else before + len(frame.payload)):
+            raise DamagedError(f"{self._ledger.name}: the body of frame {row.number} says something else than its row")
+        if row.base is not None and added != row.size:
             raise DamagedError(
-                f"{self._ledger.name}: frame {row.number} should count {self._log_bytes} bytes, not {row.log_bytes}"
+                f"{self._ledger.name}: frame {row.number} should count {before + row.size} bytes, not {row.log_bytes}"
             )
 
 
 class _Pending:
     """The snapshots and frames that replay has not reached yet, in order."""
 
-    def __init__(self, snapshots: Iterator[SnapshotRow], frames: Iterator[FrameRow], chain: _Chain) -> None:
-        self._snapshots = snapshots
-        self._frames = frames
+    def __init__(self, snapshots: Sequence[SnapshotRow], frames: Sequence[FrameRow], chain: _Chain) -> None:
+        self._snapshots = iter(snapshots)
+        self._frames = iter(frames)
         self._chain = chain
-        self._snapshot = next(snapshots, None)
-        self._frame = next(frames, None)
+        self._snapshot = next(self._snapshots, None)
+        self._frame = next(self._frames, None)
+        self._known: tuple[int, str] | None = None
+
+    def check_model(self, ledger: Ledger, entry: Entry, model: Vector) -> None:
+        """Of the model after each entry; one that made no version has not changed it."""
+        if self._known is None or self._known[0] != entry.version:
+            expect_model(ledger, entry, model)
+            self._known = (entry.version, entry.model_digest)
+        elif self._known[1] != entry.model_digest:
+            raise DamagedError(f"{ledger.name}: entry {entry.seq} says another model than the entry before it, and changed none")
 
     def check(self, ledger: Ledger, snapshots: Snapshots, reached: Recovered) -> None:
         model = reached.state.model
         while self._frame is not None and self._frame.version == reached.state.version:
-            expect_digest(ledger, self._frame.version, expected=self._frame.model_digest, model=model)
+            if fingerprint(model) != self._frame.model_digest:
+                raise DamagedError(f"{ledger.name}: frame {self._frame.number} was made from another model than its version has")
             self._chain.check(self._frame, model)
             self._frame = next(self._frames, None)
         while self._snapshot is not None and self._snapshot.seq == reached.seq:
@@ -151,22 +206,7 @@ class _Pending:
 
 def _expect_whole(ledger: Ledger, frames: list[FrameRow], manifest: Manifest, *, number: int, body: bytes) -> None:
     digests = {frame.number: frame.digest for frame in frames}
-    try:
-        model = whole_model(wire.decode(ModelFrame, body), manifest=manifest)
-    except BrokerFLError as exc:
-        raise DamagedError(f"{ledger.name}: the keyframe of frame {number} is damaged: {exc}") from exc
+    model = open_whole(ledger, number, body, manifest=manifest)[1]
     # One that came after the frames were listed, while the aggregator works, is not among them.
     if digests.get(number, digest(model)) != digest(model):
         raise DamagedError(f"{ledger.name}: the keyframe of frame {number} decodes to another model than its digest says")
-
-
-def _count(ledger: Ledger) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    expected = 1
-    for entry in ledger.entries_after(0):
-        if entry.seq != expected:
-            raise DamagedError(f"{ledger.name}: entry {expected} is missing; restore it from a backup")
-        check_payload(ledger, entry)
-        counts[entry.outcome or entry.kind] = counts.get(entry.outcome or entry.kind, 0) + 1
-        expected += 1
-    return counts

@@ -19,6 +19,7 @@ import torch
 from aggregator.ledger import open_ledger_for_reading
 from benchmarks.report import cores, parser, show
 from broker_fl.cli.demonstration.plan import DIGITS_EPOCHS
+from broker_fl.database import sqlite_url
 from broker_fl.tasks.module import initial
 from broker_fl.tasks.partition import split
 from broker_fl.tasks.registry import load_task
@@ -54,7 +55,7 @@ def play(parties: int, versions: int) -> Played:
         began = time.perf_counter()
         subprocess.run([sys.executable, "-P", "-m", "broker_fl", *command], check=True)
         seconds = time.perf_counter() - began
-        with open_ledger_for_reading(folder / "aggregator" / "ledger.db") as ledger:
+        with open_ledger_for_reading(sqlite_url(folder / "aggregator" / "ledger.db")) as ledger:
             times = [entry.at for entry in ledger.entries_after(0) if entry.outcome == "merged"]
         counters = [read_counters(folder / "workers", f"party-{number + 1}") for number in range(parties)]
     trainings = sum(counter["trainings"] for counter in counters)

@@ -164,8 +164,12 @@ class CodecSettings(Section):
 class AggregatorSettings(Section):
     state: Path = Path("broker-fl-state")
     """Folder of the ledger and, unless `snapshots` says otherwise, of the snapshots."""
+    ledger: SecretStr | None = None
+    """postgresql+psycopg://user:password@host/database, where the ledger must survive its machine; without it, SQLite in
+    `state`.
+    """
     snapshots: str | None = None
-    """A folder, or an fsspec URL such as s3://bucket/path."""
+    """A folder, or an fsspec URL such as s3://bucket/path. Aggregators that stand by for each other share it, as the ledger."""
     snapshot_every_versions: Positive = 200
     broadcast_every_merges: Positive = 5
     broadcast_every_s: PositiveFloat = 1.0
@@ -203,6 +207,8 @@ class WorkerSettings(Section):
     """Bytes of an update, as in "20kB", where this party's line bears less than the federation's codec takes."""
     budget_seconds: PositiveFloat | None = None
     """How long an update may take to send, by what this worker measured of its line."""
+    resend_after_s: PositiveFloat = 120.0
+    """A confirmed update that nobody answered is sent again after so long, and then ever more rarely."""
 
     @field_validator("share")
     @classmethod
@@ -268,7 +274,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel)
 }
 
-OTHER_VARIABLES = ("BROKER_FL_RABBITMQ_SERVER",)
+OTHER_VARIABLES = ("BROKER_FL_RABBITMQ_SERVER", "BROKER_FL_POSTGRESQL_BIN", "BROKER_FL_FAILPOINTS")
 """Variables of the prefix that are not settings."""
 
 

@@ -9,12 +9,26 @@ from pathlib import Path
 from urllib.parse import quote
 
 from sqlalchemy import URL, Connection, Engine, MetaData, create_engine, event, make_url, text
-from sqlalchemy.exc import DatabaseError, OperationalError
+from sqlalchemy.exc import ArgumentError, DatabaseError, InterfaceError, NoSuchModuleError, OperationalError, ProgrammingError
 from sqlalchemy.pool import StaticPool
 
-from broker_fl.errors import DamagedError, StorageError, StorageFullError, StorageInUseError
+from broker_fl.errors import (
+    ConfigurationError,
+    DamagedError,
+    StorageError,
+    StorageFullError,
+    StorageInUseError,
+    StorageUnavailableError,
+)
 
 _BUSY_TIMEOUT_S = 30
+_CONNECT_TIMEOUT_S = 10
+_IDLE_TRANSACTION_MS = 20_000
+"""PostgreSQL ends a transaction whose client fell silent in the middle, as a frozen process does, and lets go of its locks."""
+
+_GONE = ("08", "57P")
+"""SQLSTATE classes: the connection failed; an administrator or a crash ended it, or the server is starting."""
+_NO_ROOM = "53100"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -23,13 +37,15 @@ def sqlite_url(file: Path) -> str:
 
 
 def open_database(url: str, tables: MetaData) -> Engine:
-    """An engine with one connection, the tables made where they are missing. SQLite: write-ahead log, fsync at every commit."""
-    is_sqlite = make_url(url).get_backend_name() == "sqlite"
-    engine = _sqlite(url) if is_sqlite else create_engine(url, poolclass=StaticPool)
+    """An engine with one connection, the tables made where they are missing. SQLite: write-ahead log, fsync at every commit.
+
+    Raises ConfigurationError for a URL that is none or whose driver is not installed, StorageError.
+    """
+    engine = _sqlite(url) if is_sqlite(url) else _server(url)
     try:
         with storage_errors(display_name(url)):
-            tables.create_all(engine)
-            if is_sqlite:
+            _make_tables(engine, tables)
+            if is_sqlite(url):
                 _check_sqlite(engine, url)
     except StorageError:
         engine.dispose()
@@ -37,16 +53,59 @@ def open_database(url: str, tables: MetaData) -> Engine:
     return engine
 
 
-def open_for_reading(file: Path) -> Engine:
-    """An SQLite file that another process may be writing; its tables may not be there yet."""
-    address = f"file:{quote(str(file))}?mode=ro"
+def _make_tables(engine: Engine, tables: MetaData) -> None:
+    try:
+        tables.create_all(engine)
+    except (OperationalError, ProgrammingError, DatabaseError) as exc:
+        if "already exists" not in str(exc.orig):
+            raise
+        # Another process made one of them after we had looked.
+        tables.create_all(engine)
+
+
+def open_for_reading(url: str) -> Engine:
+    """A database that another process may be writing; its tables may not be there yet. SQLite: the file must be there."""
+    if not is_sqlite(url):
+        return _server(url)
+    address = f"file:{quote(make_url(url).database or '')}?mode=ro"
     return create_engine("sqlite://", creator=lambda: sqlite3.connect(address, uri=True), poolclass=StaticPool)
+
+
+def is_there(url: str) -> bool:
+    """Of an SQLite database, whether there is such a file; a server is asked when it is opened."""
+    return not is_sqlite(url) or Path(make_url(url).database or "").exists()
+
+
+def is_sqlite(url: str) -> bool:
+    return _parsed(url).get_backend_name() == "sqlite"
 
 
 def display_name(url: str) -> str:
     """A file's path, or a server's address without its password."""
-    parsed = make_url(url)
+    parsed = _parsed(url)
     return parsed.database or url if parsed.get_backend_name() == "sqlite" else parsed.render_as_string()
+
+
+def _parsed(url: str) -> URL:
+    try:
+        return make_url(url)
+    except ArgumentError:
+        # Its message could show a part of the password.
+        raise ConfigurationError("expected a database URL, as in postgresql+psycopg://user:password@host/database") from None
+
+
+def _server(url: str) -> Engine:
+    try:
+        options = {
+            "connect_timeout": _CONNECT_TIMEOUT_S,
+            "options": f"-c idle_in_transaction_session_timeout={_IDLE_TRANSACTION_MS}",
+        }
+        is_postgresql = _parsed(url).get_backend_name() == "postgresql"
+        return create_engine(url, poolclass=StaticPool, connect_args=options if is_postgresql else {}, hide_parameters=True)
+    except (NoSuchModuleError, ModuleNotFoundError) as exc:
+        raise ConfigurationError(
+            f"{display_name(url)} needs a driver that is not installed ({exc}): pip install 'broker-fl[postgres]'"
+        ) from exc
 
 
 def _sqlite(url: str) -> Engine:
@@ -90,19 +149,24 @@ def reading(connection: Connection, name: str) -> Iterator[None]:
                 connection.rollback()
 
 
+def give_room_back(connection: Connection, name: str) -> None:
+    """SQLite keeps what was deleted as room for more; PostgreSQL sees to that by itself. Raises StorageError."""
+    if connection.dialect.name == "sqlite":
+        with storage_errors(name):
+            # Not within a transaction, which SQLAlchemy would begin.
+            connection.connection.cursor().execute("VACUUM")
+
+
 @contextmanager
 def storage_errors(what: str) -> Iterator[None]:
     """Errors of the database and of the file system, with the file's name and what to do."""
     try:
         yield
-    except OperationalError as exc:
-        reason = str(exc.orig)
-        if "full" in reason:
-            raise StorageFullError(_no_space(what)) from exc
-        if "locked" in reason:
-            raise StorageInUseError(f"another process holds {what}") from exc
-        raise StorageError(f"{what} cannot be used: {reason}") from exc
+    except (OperationalError, InterfaceError) as exc:
+        raise _ours(what, exc) from exc
     except DatabaseError as exc:
+        if exc.connection_invalidated:
+            raise _gone(what, exc) from exc
         raise DamagedError(f"{what} is damaged ({exc.orig}): restore it from a backup; it is left as it is") from exc
     except OSError as exc:
         if exc.errno in _FULL:
@@ -110,15 +174,39 @@ def storage_errors(what: str) -> Iterator[None]:
         raise StorageError(f"{what} cannot be used: {exc}") from exc
 
 
+def _ours(what: str, exc: OperationalError | InterfaceError) -> StorageError:
+    reason = " ".join(str(exc.orig).split())
+    is_server = not isinstance(exc.orig, sqlite3.Error)
+    state = getattr(exc.orig, "sqlstate", None)
+    if state == _NO_ROOM or (not is_server and "full" in reason):
+        return StorageFullError(_no_space(what))
+    if not is_server and "locked" in reason:
+        return StorageInUseError(f"another process holds {what}")
+    # A server that could not be reached has given no state.
+    if is_server and (exc.connection_invalidated or state is None or state.startswith(_GONE)):
+        return _gone(what, exc)
+    return StorageError(f"{what} cannot be used: {reason}")
+
+
+def _gone(what: str, exc: DatabaseError | InterfaceError) -> StorageUnavailableError:
+    return StorageUnavailableError(f"{what} does not answer: {' '.join(str(exc.orig).split())}")
+
+
 def _no_space(what: str) -> str:
     return f"no space left for {what}: make room and start again; nothing that was confirmed is lost"
+
+
+def make_folder(folder: Path) -> None:
+    """Raises StorageError."""
+    with storage_errors(str(folder)):
+        folder.mkdir(parents=True, exist_ok=True)
 
 
 @contextmanager
 def held_alone(file: Path, *, message: str) -> Iterator[None]:
     """Holds a lock file while inside; the system lets go of it however the process ends. Raises StorageInUseError(message)."""
+    make_folder(file.parent)
     with storage_errors(str(file.parent)):
-        file.parent.mkdir(parents=True, exist_ok=True)
         handle = file.open("a")
     with handle:
         try:

@@ -21,6 +21,8 @@ BrokerFLError                      the root (schemas)
 └── StorageError                   ledger, outbox or snapshots
     ├── StorageFullError           the disk is full
     ├── StorageInUseError          another process works with it
+    ├── StorageUnavailableError    its server does not answer: worth another try
+    ├── FencedError                another process leads the ledger now
     └── DamagedError               the bytes on the disk are not what was written
 """
 
@@ -39,6 +41,7 @@ __all__ = [
     "DamagedError",
     "DataError",
     "DecodeError",
+    "FencedError",
     "LocalBrokerError",
     "ManagementError",
     "ManifestMismatchError",
@@ -50,6 +53,7 @@ __all__ = [
     "StorageError",
     "StorageFullError",
     "StorageInUseError",
+    "StorageUnavailableError",
     "TopologyConflictError",
     "UnroutableError",
     "first_of",
@@ -130,6 +134,14 @@ class StorageFullError(StorageError):
 
 
 class StorageInUseError(StorageError):
+    pass
+
+
+class StorageUnavailableError(StorageError):
+    pass
+
+
+class FencedError(StorageError):
     pass
 
 

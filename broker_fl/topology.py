@@ -108,9 +108,9 @@ class Names:
         return f"fl.{self.federation}.events"
 
     @property
-    def aggregator(self) -> str:
-        """What the one aggregator at work holds."""
-        return f"fl.{self.federation}.aggregator"
+    def leader(self) -> str:
+        """An exchange and its queue, which holds what the one aggregator at work keeps: aggregator/leadership.py."""
+        return f"fl.{self.federation}.leader"
 
     def up(self, party: str) -> str:
         return f"fl.{self.federation}.up.{party}"
@@ -122,6 +122,16 @@ class Names:
         """The party whose exchange this is; None where it is no party's."""
         prefix = f"fl.{self.federation}.up."
         return exchange.removeprefix(prefix) if exchange.startswith(prefix) else None
+
+
+def leadership(federation: str) -> Topology:
+    """What aggregators need before one of them leads; all else is declared by the one that does."""
+    names = Names(federation)
+    return Topology(
+        exchanges=(Exchange(names.leader, "fanout"),),
+        queues=(Queue(names.leader, "quorum", {"x-single-active-consumer": True}),),
+        bindings=(Binding(names.leader, names.leader),),
+    )
 
 
 def shared(federation: str) -> Topology:

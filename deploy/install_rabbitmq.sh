@@ -10,6 +10,9 @@
 # says `systemctl enable --now rabbitmq-server`. Homebrew starts nothing by itself.
 set -u
 
+# shellcheck source=deploy/packages.sh
+. "$(dirname "$0")/packages.sh"
+
 present() {
     for server in "${BROKER_FL_RABBITMQ_SERVER:-}" \
         /usr/lib/rabbitmq/bin/rabbitmq-server \
@@ -39,46 +42,18 @@ POLICY
     chmod 755 "$policy"
 }
 
-disable() {
-    if command -v systemctl >/dev/null; then
-        systemctl disable --now "$@" >/dev/null 2>&1
-    elif command -v update-rc.d >/dev/null; then
-        update-rc.d rabbitmq-server disable >/dev/null 2>&1
-    fi
-}
-
 install_with_apt() {
-    export DEBIAN_FRONTEND=noninteractive
     services=rabbitmq-server.service
     # Where Erlang was installed before, its port mapper may be in use.
     command -v epmd >/dev/null || services="$services epmd.service epmd.socket"
     deny_start
-    # A broken third-party source fails the update, although RabbitMQ can still be installed.
-    apt-get -o DPkg::Lock::Timeout=300 update || echo "apt-get update failed; trying to install all the same" >&2
-    apt-get -o DPkg::Lock::Timeout=300 install -y --no-install-recommends rabbitmq-server
+    apt_install rabbitmq-server
     # shellcheck disable=SC2086 # a list of words
     if present; then disable $services; fi
 }
 
-if present; then exit 0; fi
-
-if [ "${1:-}" = --as-root ] || { command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; }; then
-    echo "Installing RabbitMQ with apt"
-    install_with_apt
-    [ "${1:-}" != --as-root ] || exit 0
-elif command -v apt-get >/dev/null && command -v sudo >/dev/null; then
-    if sudo -n true 2>/dev/null; then
-        sudo -n sh "$0" --as-root
-    elif [ -t 0 ] && [ -t 2 ]; then
-        echo "RabbitMQ is not installed; sudo may ask for your password to install it with apt." >&2
-        sudo sh "$0" --as-root
-    fi
-elif command -v brew >/dev/null; then
-    echo "Installing RabbitMQ with Homebrew"
-    brew install rabbitmq </dev/null
-fi
-
-if present; then exit 0; fi
+install_server RabbitMQ rabbitmq "$@"
+if present || [ "${1:-}" = --as-root ]; then exit 0; fi
 
 cat >&2 <<'MESSAGE'
 WARNING: RabbitMQ is not installed, and could not be installed without your help.

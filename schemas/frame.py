@@ -72,7 +72,7 @@ class ModelFrame(Message):
 
     With a `base` it is a delta frame: `payload` is the change to frame `base`, none where it is empty. Without, it begins anew:
     in the keyframe log the payload is the whole model; in the model log it is empty, and the model is that of the keyframe of
-    this number.
+    this number. So begin the first frame, and the one that an operator's rollback makes.
     """
 
     kind: Literal["frame"] = "frame"
@@ -95,7 +95,7 @@ class ModelFrame(Message):
     """Bytes of the bodies of all delta frames of this ledger before this one, and of this one's payload if it is a delta frame.
 
     The difference of two frames is what the changes between them cost. A keyframe and an announcement say what the delta frame
-    of their number says; 0 for frame 1.
+    of their number says; 0 for frame 1. A later frame that begins anew adds more than any keyframe has: no changes lead past it.
     """
     over: bool
     """Whether the federation has ended: this is the final model."""

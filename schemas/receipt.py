@@ -16,6 +16,7 @@ Reason = Literal[
     "non_finite",  # NaN or infinity
     "bounds",  # larger than the limits of this federation
     "base",  # trained from a frame that this ledger never published
+    "rolled_back",  # trained from a version that an operator took back
     "too_stale",  # past the staleness bound
     "repeated",  # a second update from one version where the strategy takes one
     "parts",  # parts that do not fit together

@@ -1,4 +1,5 @@
-"""One private RabbitMQ node for all tests of a session, and a vhost of its own for each test that asks for one."""
+"""One private RabbitMQ node and one private PostgreSQL server for all tests of a session; a vhost or a database of its own
+for each test that asks for one."""
 
 import asyncio
 import os
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from local_postgresql import LocalPostgreSQL, find_postgresql, local_postgresql
 
 from broker_fl.management import Management
 from broker_fl.transports.local_rabbitmq import LocalRabbitMQ, find_rabbitmq, local_rabbitmq
@@ -55,6 +57,22 @@ async def vhost(rabbitmq: LocalRabbitMQ) -> AsyncIterator[Vhost]:
             yield Vhost(name, f"{rabbitmq.url}{name}", rabbitmq.management_url, management)
         finally:
             await management.delete_vhost()
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[LocalPostgreSQL]:
+    if find_postgresql() is None:
+        absent = pytest.fail if os.environ.get("CI") else pytest.skip
+        absent("PostgreSQL is not installed: apt install postgresql, or brew install postgresql@17")
+    with local_postgresql() as server:
+        yield server
+
+
+@pytest.fixture
+def postgresql_url(postgresql: LocalPostgreSQL) -> Iterator[str]:
+    """Of a new and empty database, dropped after the test."""
+    with postgresql.database() as url:
+        yield url
 
 
 @pytest.fixture

@@ -223,7 +223,7 @@ def read_counters(folder: Path, party: str) -> dict[str, int]:
     file = outbox_file(folder, party)
     if not file.exists():
         return {}
-    engine = open_for_reading(file)
+    engine = open_for_reading(sqlite_url(file))
     try:
         with storage_errors(str(file)), engine.connect() as connection:
             is_there = inspect(connection).has_table(_COUNTERS.name)

@@ -28,11 +28,12 @@ from broker_fl.errors import (
     UnroutableError,
     first_of,
 )
+from broker_fl.failpoints import reach
 from broker_fl.parameters import Vector
 from broker_fl.topology import Names
 from broker_fl.transports.following import Follower, ReceivedModel
 from broker_fl.transports.model_log import Pending, read_newest
-from broker_fl.transports.parts import split
+from broker_fl.transports.parts import PART, split
 from broker_fl.transports.retry import Backoff
 from broker_fl.transports.transport import Connect, Delivery, Message, Subscription, Transport
 from schemas import wire
@@ -50,7 +51,6 @@ log = structlog.get_logger(__name__)
 
 Result = TypeVar("Result")
 
-_RESEND_AFTER_S = 120.0
 _RESEND_AFTER_AT_MOST_S = 3600.0
 """A confirmed update without a receipt is sent again after a while: the aggregator answers what it decided before. The while
 doubles as long as nobody answers, so that an aggregator that is away finds few copies."""
@@ -107,6 +107,7 @@ class Worker:
         link: Link,
         budget: Budget,
         throttle: float,
+        resend_after_s: float,
         clock: Callable[[], float],
     ) -> None:
         self._connect = connect
@@ -134,7 +135,7 @@ class Worker:
         self._changed = asyncio.Event()
         self._update_waits = asyncio.Event()
         self._settling = asyncio.Lock()
-        self._resend_after_s = _RESEND_AFTER_S
+        self._resend_at_first_s = self._resend_after_s = resend_after_s
         self._ended = asyncio.Event()
         self._stop_training = threading.Event()
         self._outbox_thread = ThreadPoolExecutor(1, thread_name_prefix="outbox")
@@ -216,6 +217,7 @@ class Worker:
             await self._in_outbox(self._count, self._follower.traffic.take())
             if progress is None:
                 continue
+            reach("worker.received")
             self._unkept.add(progress)
             self._newest = received = progress.received
             self._changed.set()
@@ -258,8 +260,10 @@ class Worker:
             except DecodeError as exc:
                 log.warning("receipt left out", reason=str(exc))
             else:
+                reach("worker.receipt")
                 await self._in_outbox(self._settle, receipt)
-                self._resend_after_s = _RESEND_AFTER_S
+                reach("worker.settled")
+                self._resend_after_s = self._resend_at_first_s
                 self._changed.set()
             await receipts.acknowledge(delivery.tag)
 
@@ -305,7 +309,7 @@ class Worker:
                 is_resending = is_resending or stored.sent_at is not None
                 await self._send(transport, stored)
             if is_resending:
-                self._resend_after_s = min(2 * self._resend_after_s, _RESEND_AFTER_AT_MOST_S)
+                self._resend_after_s = min(2 * self._resend_after_s, max(self._resend_at_first_s, _RESEND_AFTER_AT_MOST_S))
             try:
                 async with asyncio.timeout(self._resend_after_s):
                     await self._update_waits.wait()
@@ -331,6 +335,9 @@ class Worker:
         # In a thread: the first part comes when the digest of all of them is made.
         while (part := await asyncio.to_thread(next, parts, None)) is not None:
             await transport.publish(part)
+            if PART in part.headers:
+                reach("worker.part")
+        reach("worker.sent")
         await self._in_outbox(self._mark_sent, stored, loop.time() - began)
 
     def _mark_sent(self, stored: StoredUpdate, seconds: float) -> None:
@@ -372,7 +379,9 @@ class Worker:
                 self._left_out = (received.ledger, received.version)
                 await self._in_outbox(self._count, {"trainings_diverged": 1})
                 continue
+            reach("worker.trained")
             stored = await self._in_outbox(self._keep, received, result, sequence)
+            reach("worker.kept")
             log.info(
                 "trained",
                 base_version=received.version,

@@ -38,12 +38,12 @@ class Buffered:
         discount = STALENESS[self.settings.staleness](staleness, self.settings)
         weight = float(contribution.num_samples) if self.by_samples else discount
         buffer = state.buffer or Buffer(np.zeros_like(state.model), 0.0, ())
-        contribution.delta.add_to(buffer.total, weight)
-        buffer = Buffer(
-            buffer.total,
-            buffer.weight + (weight if self.by_samples else 1.0),
-            (*buffer.parties, contribution.party),
-        )
+        parties = (*buffer.parties, contribution.party)
+        if contribution.is_void:
+            buffer = replace(buffer, parties=parties)
+        else:
+            contribution.delta.add_to(buffer.total, weight)
+            buffer = Buffer(buffer.total, buffer.weight + (weight if self.by_samples else 1.0), parties)
         state = replace(state, buffer=buffer)
         if len(buffer.parties) < self.settings.buffer_size:
             return state, Outcome("buffered", staleness, weight)
@@ -53,8 +53,9 @@ class Buffered:
         buffer = state.buffer
         if buffer is None:
             return state
-        step = np.float32(self.settings.server_learning_rate / buffer.weight)
-        np.add(state.model, buffer.total * step, out=state.model)
+        if buffer.weight:  # Without, all of it was void.
+            step = np.float32(self.settings.server_learning_rate / buffer.weight)
+            np.add(state.model, buffer.total * step, out=state.model)
         return replace(state, version=state.version + 1, buffer=None)
 
 

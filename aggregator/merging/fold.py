@@ -19,6 +19,8 @@ class Contribution:
     delta: Delta
     base_version: int
     num_samples: int
+    is_void: bool = False
+    """Keeps its place in the order, and adds nothing: for the model as if its party had never taken part."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,11 +44,14 @@ class FedAsync:
     def apply(self, state: State, contribution: Contribution) -> tuple[State, Outcome]:
         staleness = state.version - contribution.base_version
         weight = self.settings.mixing_rate * STALENESS[self.settings.staleness](staleness, self.settings)
+        merged = Outcome("merged", staleness, weight)
+        if contribution.is_void:
+            return replace(state, version=state.version + 1), merged
         if self.settings.mode == "mixing":
             np.multiply(state.model, np.float32(1.0 - weight), out=state.model)
             np.add(state.model, state.bases[contribution.base_version] * np.float32(weight), out=state.model)
         contribution.delta.add_to(state.model, weight)
-        return replace(state, version=state.version + 1), Outcome("merged", staleness, weight)
+        return replace(state, version=state.version + 1), merged
 
     def flush(self, state: State) -> State:
         return state

@@ -29,17 +29,22 @@ def command(
         bool | None,
         typer.Option("--evaluation/--no-evaluation", help="Evaluate new versions in a process beside.", show_default=False),
     ] = None,
+    ledger: options.Ledger = None,
     until_stdin_closes: options.UntilStdinCloses = False,
     sets: options.Sets = None,
     log_level: options.Level = LogLevel.INFO,
     log_format: options.Format = LogFormat.CONSOLE,
 ) -> None:
-    """Merges what the parties send, and broadcasts the model. It may be killed at any moment: started again, it goes on."""
+    """Merges what the parties send, and broadcasts the model. It may be killed at any moment: started again, it goes on.
+
+    A second one with the same ledger and snapshots stands by, and goes on where the first one ends.
+    """
     configure_logs(log_level, log_format)
     flags = options.flags_of(
         {
             "broker.url": broker,
             "aggregator.state": state,
+            "aggregator.ledger": ledger,
             "task.name": task,
             "task.model": model,
             "task.data": data,
@@ -62,13 +67,13 @@ async def _serve(settings: "Settings", config: Path | None, flags: options.Flags
     from broker_fl.cli.wiring import built_aggregator
     from broker_fl.transports.amqp import amqp_connect
 
-    with built_aggregator(settings, amqp_connect(settings.broker)) as built:
-        await _apply_policies(settings, built.manifest)
-        async with evaluator_process(settings, config, flags) as evaluator:
+    async with evaluator_process(settings, config, flags) as evaluator:
+        with built_aggregator(settings, amqp_connect(settings.broker), on_lead=evaluator.begin) as built:
+            await _apply_policies(settings, built.manifest)
             service = built.service
             await serve(service.run(built.open_state), service.stop, until_stdin_closes=until_stdin_closes)
-            if built.coordinator.is_over:
-                await evaluator.last_evaluation()
+        if built.coordinator.is_over:
+            await evaluator.last_evaluation()
     counts = built.coordinator.counts
     summary = ", ".join(f"{counts[name]} {name}" for name in ("merged", "buffered", "refused", "duplicate"))
     over = "the federation is over" if built.coordinator.is_over else "stopped; the same command goes on"

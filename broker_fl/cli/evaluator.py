@@ -3,8 +3,9 @@
 import asyncio
 import os
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,10 +51,16 @@ async def _serve(settings: "Settings", *, until_stdin_closes: bool) -> None:
 
 
 class EvaluatorProcess:
-    """An evaluator as a child process, or none where evaluation is turned off."""
+    """An evaluator as a child process, from when it is wanted; none where evaluation is turned off."""
 
-    def __init__(self, child: asyncio.subprocess.Process | None) -> None:
-        self._child = child
+    def __init__(self, start: Callable[[], Awaitable[asyncio.subprocess.Process]] | None) -> None:
+        self._start = start
+        self._wanted = asyncio.Event()
+        self._child: asyncio.subprocess.Process | None = None
+
+    def begin(self) -> None:
+        """Once, however often it is called: an aggregator that stands by needs none."""
+        self._wanted.set()
 
     async def last_evaluation(self) -> None:
         """Waits until the last model of a federation that is over is evaluated."""
@@ -61,13 +68,17 @@ class EvaluatorProcess:
             async with asyncio.timeout(_LAST_EVALUATION_S):
                 await self._child.wait()
 
-    async def watch(self, *, is_needed: bool) -> None:
+    async def serve(self, *, is_needed: bool) -> None:
         """Raises ConfigurationError if it ends badly and the federation can't do without."""
         import structlog
 
         from broker_fl.errors import ConfigurationError
 
-        code = 0 if self._child is None else await self._child.wait()
+        await self._wanted.wait()
+        if self._start is None:
+            return
+        self._child = await self._start()
+        code = await self._child.wait()
         if code and is_needed:
             raise ConfigurationError("a target accuracy needs the evaluator, and it ended: its error stands above")
         if code:
@@ -94,12 +105,12 @@ async def evaluator_process(settings: "Settings", config: Path | None, flags: op
     is_needed = settings.aggregator.target_accuracy is not None
     if is_needed and not settings.evaluation.enabled:
         raise ConfigurationError("a target accuracy needs evaluation: drop --no-evaluation or the target")
-    process = EvaluatorProcess(await _start(config, flags) if settings.evaluation.enabled else None)
+    process = EvaluatorProcess(partial(_start, config, flags) if settings.evaluation.enabled else None)
     try:
         async with asyncio.TaskGroup() as group:
-            watch = group.create_task(process.watch(is_needed=is_needed))
+            serving = group.create_task(process.serve(is_needed=is_needed))
             yield process
-            watch.cancel()
+            serving.cancel()
     finally:
         await process.end()
 

@@ -1,40 +1,83 @@
 """`broker-fl ledger`."""
 
-from typing import TYPE_CHECKING
+import sys
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
 from broker_fl.cli import options
 
-if TYPE_CHECKING:
-    from broker_fl.config import Settings
-
-app = typer.Typer(help="Look into the aggregator's ledger.", no_args_is_help=True)
-
-
-@app.callback()
-def _group() -> None:
-    """With one command only, typer would drop the name `verify`."""
+app = typer.Typer(help="Look into the aggregator's ledger, and keep it small.", no_args_is_help=True)
 
 
 @app.command("verify")
-def verify(config: options.Config = None, state: options.State = None, sets: options.Sets = None) -> None:
-    """Make every version again from the first snapshot and compare with what was broadcast and kept, to the last bit."""
-    settings = options.load(config, options.flags_of({"aggregator.state": state}, sets))
-    _verify(settings)
+def verify(
+    config: options.Config = None, state: options.State = None, ledger: options.Ledger = None, sets: options.Sets = None
+) -> None:
+    """Check the hash chain, make every version again from the first snapshot, and compare all of it, to the last bit."""
+    from aggregator.verification import verify as verify_ledger
+    from broker_fl.cli.stores import stores_for_reading
 
-
-def _verify(settings: "Settings") -> None:
-    from aggregator.ledger import open_ledger_for_reading
-    from aggregator.recovery import manifest_of_ledger
-    from aggregator.verification import verify
-    from broker_fl.cli.wiring import ledger_file, snapshots_of
-
-    file = ledger_file(settings)
-    with open_ledger_for_reading(file) as ledger:
-        found = verify(ledger, snapshots_of(settings, manifest_of_ledger(ledger)))
+    with stores_for_reading(options.load_stores(config, state, ledger, sets)) as (found, snapshots):
+        verified = verify_ledger(found, snapshots)
+        name = found.name
+    counts = f"{verified.merged} merged, {verified.buffered} buffered, {verified.refused} refused"
     typer.echo(
-        f"{file}: {found.entries} entries ({found.merged} merged, {found.buffered} buffered, {found.refused} refused), "
-        f"{found.frames} frames, {found.snapshots} snapshots: all as recorded"
+        f"{name}: {verified.entries} entries ({counts}), {verified.frames} frames, {verified.snapshots} snapshots: "
+        "all as recorded"
     )
-    typer.echo(f"version {found.version} is {found.model_digest}")
+    if verified.replayed_from:
+        typer.echo(f"replayed from version {verified.replayed_from}: what came before was compacted, and is in the chain only")
+    typer.echo(f"chain {verified.chain}")
+    typer.echo(f"version {verified.version} is {verified.model_digest}")
+
+
+@app.command("export")
+def export(
+    config: options.Config = None,
+    state: options.State = None,
+    ledger: options.Ledger = None,
+    out: Annotated[Path | None, typer.Option(help="The file; standard output without.", show_default=False)] = None,
+    sets: options.Sets = None,
+) -> None:
+    """Write the ledger as JSON Lines: what it is of, then each entry with its place in the hash chain, without payloads."""
+    from aggregator.export import lines
+    from broker_fl.cli.stores import stores_for_reading
+    from broker_fl.errors import ConfigurationError
+
+    with stores_for_reading(options.load_stores(config, state, ledger, sets)) as (found, _):
+        if out is None:
+            sys.stdout.writelines(f"{line}\n" for line in lines(found))
+            return
+        try:
+            with out.open("x", encoding="utf-8") as sink:
+                sink.writelines(f"{line}\n" for line in lines(found))
+        except FileExistsError as exc:
+            raise ConfigurationError(f"{out} exists already: move it away first") from exc
+        except OSError as exc:
+            raise ConfigurationError(f"{out} cannot be written: {exc}") from exc
+    typer.echo(f"wrote {out}")
+
+
+@app.command("compact")
+def compact(
+    keep: Annotated[int, typer.Option(min=0, help="Keep the payloads of at least so many of the newest entries.")],
+    config: options.Config = None,
+    state: options.State = None,
+    ledger: options.Ledger = None,
+    sets: options.Sets = None,
+) -> None:
+    """Drop old payloads, frames and snapshots; every entry stays, and the chain whole. The aggregator may be at work."""
+    from aggregator.compaction import compact as compact_ledger
+    from broker_fl.cli.stores import stores_for_writing
+
+    with stores_for_writing(options.load_stores(config, state, ledger, sets)) as (found, snapshots):
+        done = compact_ledger(found, snapshots, keep=keep)
+        name = found.name
+    typer.echo(
+        f"{name}: dropped {done.payloads} payloads ({done.payload_bytes:,} bytes), {done.frames} frames and {done.snapshots} "
+        f"snapshots; versions from {done.replays_from} on can still be made again"
+    )
+    if not done.room_is_back:
+        typer.echo("an aggregator is writing: the file keeps its size, with room for new entries; run this again when it rests")

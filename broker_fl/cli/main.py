@@ -1,11 +1,12 @@
 """`broker-fl`: the commands, and how errors leave the process."""
 
+import os
 from typing import Annotated
 
 import typer
 
 from broker_fl import __version__
-from broker_fl.cli import aggregator, demo, evaluator, init, ledger, party, status, worker
+from broker_fl.cli import aggregator, demo, evaluator, init, ledger, model, party, status, worker
 
 app = typer.Typer(
     name="broker-fl",
@@ -23,6 +24,7 @@ app.command("evaluator")(evaluator.command)
 app.add_typer(party.app, name="party")
 app.command("status")(status.command)
 app.add_typer(ledger.app, name="ledger")
+app.add_typer(model.app, name="model")
 
 
 def _print_version(wanted: bool) -> None:
@@ -40,9 +42,18 @@ def _options(
     """Federated learning over RabbitMQ: parties train on data that never leaves them, and come online when they can."""
 
 
+def _arm_failpoints() -> None:
+    """For tests of what happens when a process ends at a moment that no signal can be timed for."""
+    if armed := os.environ.get("BROKER_FL_FAILPOINTS"):
+        from broker_fl.failpoints import arm
+
+        arm(armed)
+
+
 def main() -> None:
     """What can be expected to go wrong is one line on standard error and exit code 2; anything else is a bug and a traceback."""
     try:
+        _arm_failpoints()
         app()
     except Exception as exc:
         from broker_fl.errors import BrokerFLError, first_of

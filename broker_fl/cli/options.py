@@ -30,6 +30,14 @@ Data = Annotated[
     Path | None, typer.Option("--data", help="The data: a file or folder, as the task wants it.", show_default=False)
 ]
 State = Annotated[Path | None, typer.Option("--state", help="The folder to keep state in.", show_default=False)]
+Ledger = Annotated[
+    str | None,
+    typer.Option(
+        "--ledger",
+        help="postgresql+psycopg://user:password@host/database, if the ledger shall survive its machine; else SQLite in --state.",
+        show_default=False,
+    ),
+]
 Device = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or mps.", show_default=False)]
 Sets = Annotated[
     list[str] | None,
@@ -70,6 +78,11 @@ def load(config: Path | None, flags: Flags, *more_files: Path | None) -> "Settin
     default = Path("federation.toml")
     files = [config or (default if default.exists() else None), *more_files]
     return load_settings(*(file for file in files if file is not None), flags=flags)
+
+
+def load_stores(config: Path | None, state: Path | None, ledger: str | None, sets: list[str] | None) -> "Settings":
+    """For commands that need to know where an aggregator keeps what it has, and nothing else."""
+    return load(config, flags_of({"aggregator.state": state, "aggregator.ledger": ledger}, sets))
 
 
 def environment_of(flags: Flags) -> dict[str, str]:

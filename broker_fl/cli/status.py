@@ -12,7 +12,7 @@ import typer
 from broker_fl.cli import options
 
 if TYPE_CHECKING:
-    from aggregator.ledger import Total
+    from aggregator.records import Total
     from broker_fl.config import Settings
 
 
@@ -81,14 +81,16 @@ def command(
 
 def _ask_ledger(settings: "Settings", status: Status) -> None:
     from aggregator.ledger import open_ledger_for_reading
+    from broker_fl.cli.stores import ledger_url
+    from broker_fl.database import display_name, is_there
 
-    file = settings.aggregator.state / "ledger.db"
-    if not file.exists():
+    url = ledger_url(settings)
+    if not is_there(url):
         status.missing.append(
-            f"versions, bytes and staleness: no ledger at {file} (it is on the aggregator's machine; see --state)"
+            f"versions, bytes and staleness: no ledger at {display_name(url)} (it is on the aggregator's machine; see --state)"
         )
         return
-    with open_ledger_for_reading(file) as ledger:
+    with open_ledger_for_reading(url) as ledger:
         last = ledger.last_frame()
         status.version = ledger.latest_version()
         status.is_over = last is not None and last.over

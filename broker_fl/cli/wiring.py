@@ -2,10 +2,9 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -17,11 +16,12 @@ from aggregator.evaluator import Evaluator, Score
 from aggregator.ledger import open_ledger
 from aggregator.merging.strategies import build_strategy
 from aggregator.service import Aggregator, Pace
-from aggregator.snapshots import Snapshots
+from broker_fl.cli.stores import holder, ledger_url, snapshots_of
 from broker_fl.codecs.budget import fitted
 from broker_fl.codecs.codec import parse_codec
 from broker_fl.config import Settings
-from broker_fl.database import held_alone, sqlite_url
+from broker_fl.database import make_folder
+from broker_fl.enrolment import list_parties, management_of
 from broker_fl.errors import ConfigurationError
 from broker_fl.parameters import Vector
 from broker_fl.tasks.device import choose_device
@@ -49,14 +49,6 @@ def task_of(settings: Settings) -> Task:
     return load_task(task.name, model=task.model, classes=task.classes, image_shape=task.image_shape)
 
 
-def ledger_file(settings: Settings) -> Path:
-    return settings.aggregator.state / "ledger.db"
-
-
-def snapshots_of(settings: Settings, manifest: Manifest) -> Snapshots:
-    return Snapshots(settings.aggregator.snapshots or str(settings.aggregator.state / "snapshots"), manifest)
-
-
 @dataclass(frozen=True, slots=True)
 class BuiltAggregator:
     service: Aggregator
@@ -66,8 +58,10 @@ class BuiltAggregator:
 
 
 @contextmanager
-def built_aggregator(settings: Settings, connect: Connect) -> Iterator[BuiltAggregator]:
-    """Holds the ledger alone while inside. Raises ConfigurationError, DataError, StorageError."""
+def built_aggregator(
+    settings: Settings, connect: Connect, *, on_lead: Callable[[], None] = lambda: None
+) -> Iterator[BuiltAggregator]:
+    """Raises ConfigurationError, DataError, StorageError. `on_lead` is called when it begins to lead the federation."""
     up, down = parse_codec(settings.codec.up), parse_codec(settings.codec.down)
     task = task_of(settings)
     _, manifest, model = initial(task, settings.task.data, settings.task.seed)
@@ -75,11 +69,9 @@ def built_aggregator(settings: Settings, connect: Connect) -> Iterator[BuiltAggr
         with _named("[codec] up_budget"):
             up = fitted(up, settings.codec.up_budget, manifest=manifest)
     limits = _limits(settings, manifest)
-    state = settings.aggregator.state
-    with ExitStack() as stack:
-        busy = f"another aggregator works with {state}: end it first, or name another --state folder"
-        stack.enter_context(held_alone(state / "aggregator.lock", message=busy))
-        ledger = stack.enter_context(open_ledger(sqlite_url(ledger_file(settings))))
+    if settings.aggregator.ledger is None:
+        make_folder(settings.aggregator.state)
+    with open_ledger(ledger_url(settings)) as ledger:
         plan = _plan(settings, manifest, ledger_id=ledger.facts()["ledger_id"], up=up.name, down=down.name)
         with _named("[codec] warm_up_versions"):
             plan.at(0)  # A codec that cannot warm up is a mistake in the settings, to be told before anything is opened.
@@ -91,7 +83,7 @@ def built_aggregator(settings: Settings, connect: Connect) -> Iterator[BuiltAggr
             snapshot_every_versions=settings.aggregator.snapshot_every_versions,
             parts_expire_s=settings.aggregator.parts_expire_s,
         )
-        coordinator = Coordinator(ledger, snapshots_of(settings, manifest), rules, clock=time.time)
+        coordinator = Coordinator(ledger, snapshots_of(settings, manifest), rules, clock=time.time, holder=holder("aggregator"))
         service = Aggregator(
             connect,
             coordinator,
@@ -100,8 +92,15 @@ def built_aggregator(settings: Settings, connect: Connect) -> Iterator[BuiltAggr
             pace=_pace(settings, limits),
             clock=time.time,
             seconds=settings.aggregator.seconds,
+            on_lead=on_lead,
+            enrolled=partial(_enrolled, settings),
         )
         yield BuiltAggregator(service, partial(coordinator.open, model), coordinator, manifest)
+
+
+async def _enrolled(settings: Settings) -> list[str]:
+    async with management_of(settings.broker) as management:
+        return await list_parties(management, settings)
 
 
 @contextmanager
@@ -198,6 +197,7 @@ def built_worker(settings: Settings, connect: Connect) -> Iterator[Worker]:
             link=link,
             budget=budget,
             throttle=settings.worker.throttle,
+            resend_after_s=settings.worker.resend_after_s,
             clock=time.time,
         )
 

@@ -192,6 +192,16 @@ class AmqpTransport:
                 await bound.bind(binding.exchange, routing_key=binding.routing_key)
             await channel.close()
 
+    async def has_queue(self, name: str) -> bool:
+        try:
+            with _mapped(f"looking for queue {name}"):
+                channel = await self._consuming.channel()
+                await channel.declare_queue(name, passive=True)
+                await channel.close()
+        except NotFoundError:
+            return False
+        return True
+
     async def publish(self, message: Message) -> None:
         exchange = await self._exchange(message.exchange)
         outgoing = aio_pika.Message(
@@ -255,16 +265,6 @@ class AmqpTransport:
                 source = await channel.get_queue(log, ensure=False)
                 await subscription.start(source, name=name, arguments={"x-stream-offset": start})
             yield subscription
-
-    @asynccontextmanager
-    async def hold(self, name: str) -> AsyncIterator[None]:
-        """By an exclusive queue, which belongs to its connection."""
-        async with self._channel_for(1) as channel:
-            with _mapped(f"holding {name}"):
-                lock = await channel.declare_queue(name, exclusive=True, durable=False)
-            yield
-            with _mapped(f"letting go of {name}"):
-                await lock.delete()
 
     @asynccontextmanager
     async def listen(self, exchange: str, *, routing_key: str = "", name: str) -> AsyncIterator["AmqpSubscription"]:

@@ -78,7 +78,6 @@ class MemoryBroker:
         self._transports: dict[int, MemoryTransport] = {}
         self._numbers = count(1)
         self._offsets = count(1)
-        self.holders: dict[str, MemoryTransport] = {}
         self.is_up = True
 
     @asynccontextmanager
@@ -140,6 +139,9 @@ class MemoryBroker:
             consumer.close()
         queue.consumers.clear()
         self._bindings = {binding for binding in self._bindings if binding.queue != name}
+
+    def has_queue(self, name: str) -> bool:
+        return name in self._queues
 
     def queue(self, name: str) -> _Queue:
         if name not in self._queues:
@@ -271,12 +273,6 @@ class MemoryTransport:
             feed.close()
         for consumer, queue in self._queues_by_consumer.items():
             self._broker.detach(queue, consumer)
-        for name in list(self._broker.holders):
-            self._let_go(name)
-
-    def _let_go(self, name: str) -> None:
-        if self._broker.holders.get(name) is self:
-            del self._broker.holders[name]
 
     async def declare(self, topology: Topology) -> None:
         self._alive()
@@ -286,6 +282,10 @@ class MemoryTransport:
             self._allow("write", self._permissions.write, binding.queue)
             self._allow("read", self._permissions.read, binding.exchange)
         self._broker.declare(topology)
+
+    async def has_queue(self, name: str) -> bool:
+        self._alive()
+        return self._broker.has_queue(name)
 
     async def publish(self, message: Message) -> None:
         self._alive()
@@ -344,18 +344,6 @@ class MemoryTransport:
         finally:
             self._feeds.remove(feed)
             feed.close()
-
-    @asynccontextmanager
-    async def hold(self, name: str) -> AsyncIterator[None]:
-        self._alive()
-        self._allow("configure", self._permissions.configure, name)
-        if name in self._broker.holders:
-            raise QueueInUseError(f"{name!r} is held by another connection")
-        self._broker.holders[name] = self
-        try:
-            yield
-        finally:
-            self._let_go(name)
 
     @asynccontextmanager
     async def listen(self, exchange: str, *, routing_key: str = "", name: str) -> AsyncIterator["MemorySubscription"]:

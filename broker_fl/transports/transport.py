@@ -67,6 +67,8 @@ class Transport(Protocol):
     async def declare(self, topology: Topology) -> None:
         """Exchanges, queues and bindings; idempotent. Raises TopologyConflictError where one exists with other arguments."""
 
+    async def has_queue(self, name: str) -> bool: ...
+
     async def publish(self, message: Message) -> None:
         """Returns when the broker has it safe.
 
@@ -81,12 +83,6 @@ class Transport(Protocol):
 
     def follow(self, log: str, *, start: Start, name: str) -> AbstractAsyncContextManager[Feed]:
         """A log from `start` on. `last` may begin some messages before the last one."""
-
-    def hold(self, name: str) -> AbstractAsyncContextManager[None]:
-        """A name that one connection at a time can hold; it is free again when the connection is gone, however that went.
-
-        Raises QueueInUseError while another one holds it.
-        """
 
     def listen(self, exchange: str, *, routing_key: str = "", name: str) -> AbstractAsyncContextManager[Feed]:
         """What is published from now on, through a queue of its own that goes when it closes."""

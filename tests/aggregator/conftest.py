@@ -145,19 +145,19 @@ class Bench:
         return published
 
     def frames(self):
-        with open_ledger_for_reading(self.ledger_file) as ledger:
+        with open_ledger_for_reading(sqlite_url(self.ledger_file)) as ledger:
             return ledger.frames_from(0)
 
     def bodies(self):
         """Of all frames, opened."""
-        with open_ledger_for_reading(self.ledger_file) as ledger:
+        with open_ledger_for_reading(sqlite_url(self.ledger_file)) as ledger:
             return [wire.decode(ModelFrame, body) for _, body in ledger.bodies_after(0)]
 
     def follower(self):
         return Follower(self.manifest)
 
     def entries(self):
-        with open_ledger_for_reading(self.ledger_file) as ledger:
+        with open_ledger_for_reading(sqlite_url(self.ledger_file)) as ledger:
             return list(ledger.entries_after(0))
 
     def update(self, party="ann", *, base, delta=None, seed=0, update_id=None, codec="float32", **changes):

@@ -16,10 +16,10 @@ from aggregator.broadcast import (
     make_frame,
     plan_digest,
 )
-from aggregator.ledger import FrameRow
+from aggregator.records import FrameRow
 from broker_fl.codecs.chain import change, rounded, whole_model
 from broker_fl.errors import ConfigurationError
-from broker_fl.parameters import digest, manifest_of
+from broker_fl.parameters import digest, fingerprint, manifest_of
 from schemas import wire
 from schemas.frame import KeyframePlace, ModelFrame, Plan, TrainingPlan
 
@@ -191,7 +191,7 @@ def test_the_ledgers_row_tells_what_was_sent_and_what_it_was_made_from():
     assert (row.number, row.base, row.version, row.at, row.over) == (2, 1, 2, 101.0, False)
     assert (row.codec, row.rounding, row.keyframe_codec) == ("topk:0.05+int8", "int8", "int8")
     assert (row.size, row.keyframe_size) == (len(row.body), len(row.keyframe))
-    assert (row.model_digest, row.digest) == (digest(_model(2)), digest(held.model))
+    assert (row.model_digest, row.digest) == (fingerprint(_model(2)), digest(held.model))
     assert row.plan == plan_digest(PLAN.at(2))
     assert row.published_at is None
     assert held.frame == replace(row, body=None, keyframe=None)

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from aggregator.ledger import Entry, FrameRow, FrameTotals, PartRow, SnapshotRow, open_ledger, open_ledger_for_reading
+from aggregator.ledger import open_ledger, open_ledger_for_reading
+from aggregator.records import Entry, FrameRow, FrameTotals, PartRow, SnapshotRow
 from broker_fl.database import sqlite_url
 from broker_fl.errors import ConfigurationError, StorageError, StorageFullError
 
@@ -104,7 +105,7 @@ def test_empty_ledger_has_no_entries_frames_or_snapshots(ledger):
     assert list(ledger.entries_after(0)) == []
     assert ledger.last_seq() == ledger.latest_version() == 0
     assert ledger.last_frame() is None
-    assert ledger.snapshots() == ledger.totals() == ledger.strategies() == []
+    assert ledger.snapshots() == ledger.totals() == ledger.entries_of("merging") == []
     assert ledger.oldest_unpublished() is None
     assert ledger.newest_keyframe() is None
     assert list(ledger.bodies_after(0)) == []
@@ -122,7 +123,7 @@ def test_second_entry_for_an_update_of_a_party_is_impossible(ledger):
 
 def test_entries_without_an_update_need_no_party(ledger):
     append(ledger, Entry(1, "merging", 1.0, 0, payload=b"{}"), Entry(2, "flush", 1.0, 1), Entry(3, "flush", 1.0, 2))
-    assert [found.kind for found in ledger.strategies()] == ["merging"]
+    assert [found.kind for found in ledger.entries_of("merging")] == ["merging"]
     assert ledger.latest_version() == 2
 
 
@@ -305,7 +306,7 @@ def test_frames_are_counted_when_they_are_published(ledger):
 def test_ledger_of_an_earlier_format_is_named_and_left_as_it_is(file):
     with open_ledger(sqlite_url(file)) as ledger, ledger.transaction():
         ledger._connection.exec_driver_sql("DELETE FROM meta WHERE key = 'format'")
-    for opening in (lambda: open_ledger(sqlite_url(file)), lambda: open_ledger_for_reading(file)):
+    for opening in (lambda: open_ledger(sqlite_url(file)), lambda: open_ledger_for_reading(sqlite_url(file))):
         with pytest.raises(ConfigurationError, match=r"ledger\.db is in format 1, this broker-fl writes format 2"), opening():
             pass
 
@@ -362,7 +363,7 @@ READS = {
     "nothing decided": lambda ledger: ledger.decided([]),
     "entries_after": lambda ledger: list(ledger.entries_after(0)),
     "first of entries_after": lambda ledger: next(ledger.entries_after(0, batch=1)),
-    "strategies": lambda ledger: ledger.strategies(),
+    "strategies": lambda ledger: ledger.entries_of("merging"),
     "last_frame": lambda ledger: ledger.last_frame(),
     "frames_from": lambda ledger: ledger.frames_from(0),
     "oldest_unpublished": lambda ledger: ledger.oldest_unpublished(),

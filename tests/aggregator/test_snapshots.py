@@ -53,12 +53,12 @@ def assert_same(found, expected):
 
 def test_model_comes_back_to_the_last_bit(snapshots):
     state = State(3, MODEL.copy())
-    assert_same(snapshots.read(snapshots.write(state, seq=4)), state)
+    assert_same(snapshots.read(snapshots.write(state, seq=4, ledger="ab" * 16, epoch=3)), state)
 
 
 def test_buffer_and_bases_come_back_to_the_last_bit(snapshots):
     state = full_state()
-    assert_same(snapshots.read(snapshots.write(state, seq=9)), state)
+    assert_same(snapshots.read(snapshots.write(state, seq=9, ledger="ab" * 16, epoch=3)), state)
 
 
 @pytest.mark.parametrize("strategy", ["fedasync", "fedbuff", "fedavg"])
@@ -66,12 +66,12 @@ def test_state_that_was_read_can_be_merged_into(snapshots, strategy):
     # Strategies work in place, so that no array may be read-only.
     fold = build_strategy(MergingSettings(strategy=strategy, buffer_size=9))
     state = State(7, MODEL.copy(), None if strategy == "fedasync" else Buffer(vector(1), 2.0, ("ann",)))
-    read = snapshots.read(snapshots.write(state, seq=9))
+    read = snapshots.read(snapshots.write(state, seq=9, ledger="ab" * 16, epoch=3))
     fold.apply(read, Contribution("bob", Delta(MANIFEST.size, vector(4)), 7, 10))
 
 
 def test_any_tool_finds_the_models_own_names_in_the_file(snapshots, tmp_path):
-    stored = snapshots.write(full_state(), seq=9)
+    stored = snapshots.write(full_state(), seq=9, ledger="ab" * 16, epoch=3)
     tensors = load_file(tmp_path / stored.file)
     for name, tensor in TENSORS.items():
         assert np.array_equal(tensors[name], tensor)
@@ -81,11 +81,14 @@ def test_any_tool_finds_the_models_own_names_in_the_file(snapshots, tmp_path):
 
 
 def test_file_is_named_after_its_version_and_entry(snapshots):
-    assert snapshots.write(full_state(), seq=9).file == "model-v00000007-s00000009.safetensors"
+    assert (
+        snapshots.write(full_state(), seq=9, ledger="ab" * 16, epoch=3).file
+        == "model-abababab-v00000007-s00000009-e0003.safetensors"
+    )
 
 
 def test_no_half_written_file_is_left(snapshots, tmp_path):
-    stored = snapshots.write(full_state(), seq=9)
+    stored = snapshots.write(full_state(), seq=9, ledger="ab" * 16, epoch=3)
     assert [file.name for file in tmp_path.iterdir()] == [stored.file]
 
 
@@ -109,7 +112,7 @@ def _one_bit_off(file):
 
 @pytest.mark.parametrize("damage", [_missing, _truncated, _empty, _one_bit_off])
 def test_damaged_snapshot_is_named(snapshots, tmp_path, damage):
-    stored = snapshots.write(full_state(), seq=9)
+    stored = snapshots.write(full_state(), seq=9, ledger="ab" * 16, epoch=3)
     damage(tmp_path / stored.file)
     with pytest.raises(DamagedError, match=r"model-v00000007-s00000009\.safetensors.*restore it from a backup"):
         snapshots.read(stored)
@@ -122,7 +125,7 @@ def test_file_of_another_kind_with_the_right_digest_is_damaged(snapshots, tmp_pa
 
 
 def test_snapshot_in_the_place_of_a_folder_is_a_storage_error(snapshots, tmp_path):
-    stored = snapshots.write(full_state(), seq=9)
+    stored = snapshots.write(full_state(), seq=9, ledger="ab" * 16, epoch=3)
     (tmp_path / stored.file).unlink()
     (tmp_path / stored.file).mkdir()
     with pytest.raises(StorageError, match=r"model-v00000007"):
@@ -132,13 +135,13 @@ def test_snapshot_in_the_place_of_a_folder_is_a_storage_error(snapshots, tmp_pat
 def test_folder_that_cannot_be_written_is_a_storage_error_that_names_the_file(tmp_path):
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(StorageError, match=r"file/model-v00000007-s00000009\.safetensors"):
-        Snapshots(str(tmp_path / "file"), MANIFEST).write(full_state(), seq=9)
+        Snapshots(str(tmp_path / "file"), MANIFEST).write(full_state(), seq=9, ledger="ab" * 16, epoch=3)
 
 
 def test_url_of_fsspec_is_written_and_read():
     root = "memory://federation/snapshots"
     snapshots = Snapshots(root + "/", MANIFEST)
-    stored = snapshots.write(full_state(), seq=9)
+    stored = snapshots.write(full_state(), seq=9, ledger="ab" * 16, epoch=3)
     try:
         assert_same(snapshots.read(stored), full_state())
         with fsspec.open(f"{root}/{stored.file}", "wb") as file:

@@ -6,13 +6,14 @@ from aggregator.ledger import open_ledger_for_reading
 from aggregator.recovery import manifest_of_ledger
 from aggregator.verification import verify
 from broker_fl.config import MergingSettings
+from broker_fl.database import sqlite_url
 from broker_fl.errors import ConfigurationError, DamagedError
 from schemas import wire
 from schemas.frame import ModelFrame
 
 
 def _verify(bench):
-    with open_ledger_for_reading(bench.ledger_file) as ledger:
+    with open_ledger_for_reading(sqlite_url(bench.ledger_file)) as ledger:
         return verify(ledger, bench.snapshots())
 
 

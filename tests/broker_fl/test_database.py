@@ -143,7 +143,7 @@ def test_folder_of_any_name_holds_its_own_database_for_writing_and_reading(tmp_p
     file.parent.mkdir()
     engine = open_database(sqlite_url(file), TABLES)
     _write(engine, file, size=10, number=7)
-    reader = open_for_reading(file)
+    reader = open_for_reading(sqlite_url(file))
     assert _numbers(reader) == [7]
     reader.dispose()
     engine.dispose()
@@ -154,7 +154,7 @@ def test_folder_of_any_name_holds_its_own_database_for_writing_and_reading(tmp_p
 
 def test_database_that_is_read_is_not_written(database):
     engine, file = database
-    reader = open_for_reading(file)
+    reader = open_for_reading(sqlite_url(file))
     with pytest.raises(StorageError, match="readonly"):
         _write(reader, file, size=10)
     reader.dispose()

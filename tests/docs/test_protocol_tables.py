@@ -323,7 +323,15 @@ async def test_the_headers_of_updates_are_documented(tmp_path):
     link = worker.Link(part_bytes=1 << 20, max_message_bytes=1 << 24, inbox_grace_s=1.0)
     with open_outbox(tmp_path, party="p", federation="f") as outbox:
         sender = worker.Worker(
-            None, outbox, None, identity=identity, link=link, budget=worker.Budget(), throttle=1.0, clock=lambda: 0.0
+            None,
+            outbox,
+            None,
+            identity=identity,
+            link=link,
+            budget=worker.Budget(),
+            throttle=1.0,
+            resend_after_s=120.0,
+            clock=lambda: 0.0,
         )
         stored = StoredUpdate(1, "0" * 32, b"body", 7, "float32")
         with outbox.transaction():

@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 from command_line import Running, until
 
-from aggregator.ledger import Entry, Ledger, open_ledger_for_reading
+from aggregator.ledger import Ledger, open_ledger_for_reading
+from aggregator.records import Entry
 from aggregator.recovery import manifest_of_ledger
 from aggregator.snapshots import Snapshots
 from aggregator.verification import verify
 from broker_fl.config import Settings, load_settings
+from broker_fl.database import sqlite_url
 from broker_fl.errors import ConfigurationError, StorageError
 from broker_fl.management import Management
 from broker_fl.parameters import Vector, digest
@@ -114,7 +116,7 @@ class SmallFederation:
 
     @contextmanager
     def ledger(self) -> Iterator[Ledger]:
-        with open_ledger_for_reading(self.ledger_file) as ledger:
+        with open_ledger_for_reading(sqlite_url(self.ledger_file)) as ledger:
             yield ledger
 
     @property

@@ -10,7 +10,8 @@ import torch
 from aggregator.ledger import open_ledger_for_reading
 from aggregator.recovery import manifest_of_ledger
 from aggregator.verification import verify
-from broker_fl.cli.wiring import built_aggregator, built_evaluator, built_worker, ledger_file, snapshots_of
+from broker_fl.cli.stores import ledger_url, snapshots_of
+from broker_fl.cli.wiring import built_aggregator, built_evaluator, built_worker
 from broker_fl.config import load_settings
 from broker_fl.topology import Names, party, party_permissions, policies, shared
 from broker_fl.transports.memory import MemoryBroker
@@ -101,12 +102,12 @@ async def _lived(broker, settings_of, **sections):
 
 
 def _verified(settings, manifest):
-    with open_ledger_for_reading(ledger_file(settings)) as ledger:
+    with open_ledger_for_reading(ledger_url(settings)) as ledger:
         return verify(ledger, snapshots_of(settings, manifest)), ledger.totals()
 
 
 def _manifest(settings):
-    with open_ledger_for_reading(ledger_file(settings)) as ledger:
+    with open_ledger_for_reading(ledger_url(settings)) as ledger:
         return manifest_of_ledger(ledger)
 
 

@@ -190,6 +190,7 @@ class Home:
                 link=Link(**{"part_bytes": 1024, "max_message_bytes": 1 << 20, "inbox_grace_s": grace_s, **(link or {})}),
                 budget=budget or Budget(),
                 throttle=throttle,
+                resend_after_s=120.0,
                 clock=clock,
             )
             running = Running(worker, outbox)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from aggregator.ledger import open_ledger_for_reading
 from aggregator.recovery import manifest_of_ledger
 from broker_fl.cli.demonstration.figures import Figures
+from broker_fl.cli.stores import ledger_url
 from broker_fl.config import Settings
 from workers.outbox import read_counters
 
@@ -37,7 +38,7 @@ class Summary:
 
 
 def summarise(settings: Settings, figures: Figures, *, broker: str) -> Summary:
-    with open_ledger_for_reading(settings.aggregator.state / "ledger.db") as ledger:
+    with open_ledger_for_reading(ledger_url(settings)) as ledger:
         parameters = manifest_of_ledger(ledger).size
         versions = ledger.latest_version()
         totals = ledger.totals()
