@@ -90,7 +90,7 @@ def roll_back(ledger: Ledger, snapshots: Snapshots, *, to: int, holder: str, at:
     Takes the ledger's lead for it: an aggregator at work notices, opens the ledger again, and broadcasts the new version as a
     keyframe. Raises ConfigurationError for a version that cannot be made again.
     """
-    ledger.take_lead(holder, at=at)
+    ledger.take_lead(holder, at=at, is_brief=True)
     manifest = manifest_of_ledger(ledger)
     if to == ledger.latest_version():
         raise ConfigurationError(f"version {to} is the newest one: there is nothing to go back from")

@@ -82,13 +82,14 @@ class Ledger:
         lead = self.lead()
         return FencedError(f"{self.name} is led by {lead.holder if lead else 'nobody'} now: nothing more is written here")
 
-    def take_lead(self, holder: str, *, at: float) -> None:
+    def take_lead(self, holder: str, *, at: float, is_brief: bool = False) -> None:
         """From now on nobody who led before can write. What they committed is there."""
+        facts = {"holder": holder, "at": at, "let_go": False, "is_brief": is_brief}
         with writing(self._connection, self.name):
             same = update(LEAD).where(LEAD.c.id == _LEAD_ROW)
-            taken = same.values(epoch=LEAD.c.epoch + 1, holder=holder, at=at, let_go=False)
+            taken = same.values(epoch=LEAD.c.epoch + 1, **facts)
             if not self._connection.execute(taken).rowcount:
-                self._connection.execute(insert(LEAD).values(id=_LEAD_ROW, epoch=1, holder=holder, at=at, let_go=False))
+                self._connection.execute(insert(LEAD).values(id=_LEAD_ROW, epoch=1, **facts))
             epoch = self._connection.execute(select(LEAD.c.epoch).where(LEAD.c.id == _LEAD_ROW)).scalar_one()
         self._epoch = int(epoch)
 
@@ -103,7 +104,8 @@ class Ledger:
     def lead(self) -> Lead | None:
         """Who led last; None before the first."""
         with self._reading():
-            row = self._connection.execute(select(LEAD.c.epoch, LEAD.c.holder, LEAD.c.at, LEAD.c.let_go)).one_or_none()
+            columns = (LEAD.c.epoch, LEAD.c.holder, LEAD.c.at, LEAD.c.let_go, LEAD.c.is_brief)
+            row = self._connection.execute(select(*columns)).one_or_none()
         return None if row is None else Lead(*row)
 
     def is_leading(self) -> bool:
@@ -346,6 +348,13 @@ class Ledger:
         for update_id, part, size in self._connection.execute(query):
             spooled.setdefault(update_id, {})[part] = size
         return spooled
+
+    def parts_of(self, party: str) -> int:
+        """How many parts of half-sent updates there are."""
+        with self._reading():
+            return int(
+                self._connection.execute(select(func.count()).select_from(PARTS).where(PARTS.c.party == party)).scalar_one()
+            )
 
     def drop_parts(self, party: str, update_id: str) -> None:
         self._connection.execute(delete(PARTS).where((PARTS.c.party == party) & (PARTS.c.update_id == update_id)))

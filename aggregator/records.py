@@ -102,6 +102,7 @@ LEAD = Table(
     Column("holder", String(200), nullable=False),
     Column("at", Float, nullable=False),
     Column("let_go", Boolean, nullable=False),
+    Column("is_brief", Boolean, nullable=False),
 )
 
 
@@ -185,6 +186,8 @@ class Lead:
     at: float
     let_go: bool
     """It ended in order; else it is at work, or was killed."""
+    is_brief: bool
+    """An operator's command, which lets go within seconds: worth waiting for."""
 
 
 @dataclass(frozen=True, slots=True)

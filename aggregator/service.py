@@ -8,6 +8,7 @@ everything about the ledger and the model runs in one thread of its own.
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -46,6 +47,9 @@ Result = TypeVar("Result")
 _LOOK_WHO_LEADS_S = 2.0
 _LOOKS_IN_VAIN = 3
 """A candidate that is not elected asks its ledger who leads. A leader that was just elected has some time to write itself in."""
+
+_OPERATOR_AT_MOST_S = 30.0
+_LOOK_FOR_OPERATOR_S = 0.05
 
 _FENCED_AT_MOST = 5
 _FENCED_WITHIN_S = 60.0
@@ -222,11 +226,20 @@ class Aggregator:
         """With the state in memory, where nobody else led since; else with what the ledger has."""
         if not (self._is_open and await self._in_ledger(lambda: self._coordinator.is_leading)):
             self._is_open = False
+            await self._let_operator_finish()
             await self._in_ledger(open_state)
             self._is_open = True
         self._on_lead()
         if self._coordinator.goal_reached():
             await self._finish()
+
+    async def _let_operator_finish(self) -> None:
+        """One who was killed in the middle is not waited for for ever: nothing of a command counts before its one commit."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_OPERATOR_AT_MOST_S):
+                # What is waited for happens in another process.
+                while (lead := await self._in_ledger(self._coordinator.other_leader)) is not None and lead.is_brief:  # noqa: ASYNC110
+                    await asyncio.sleep(_LOOK_FOR_OPERATOR_S)
 
     async def _session(self, transport: Transport, candidate: Candidate) -> None:
         await self._declare(transport)

@@ -207,6 +207,12 @@ class Outbox:
             row = self._connection.execute(select(_UPDATES).where(_UPDATES.c.update_id == update_id)).mappings().one_or_none()
         return StoredUpdate(**row) if row else None
 
+    def all_unsettled(self) -> list[StoredUpdate]:
+        """In order."""
+        with self._reading():
+            rows = self._connection.execute(select(_UPDATES).order_by(_UPDATES.c.sequence)).mappings().all()
+        return [StoredUpdate(**row) for row in rows]
+
     def unsettled_count(self) -> int:
         with self._reading():
             return int(self._connection.execute(select(func.count()).select_from(_UPDATES)).scalar_one())
@@ -220,14 +226,30 @@ class Outbox:
 
 def read_counters(folder: Path, party: str) -> dict[str, int]:
     """While its worker runs or after; empty if it never did."""
-    file = outbox_file(folder, party)
+    with _for_reading(outbox_file(folder, party)) as outbox:
+        return {} if outbox is None else outbox.counters()
+
+
+def read_unsettled(folder: Path, party: str) -> list[StoredUpdate]:
+    """In order, while its worker runs or after; none if it never did."""
+    with _for_reading(outbox_file(folder, party)) as outbox:
+        return [] if outbox is None else outbox.all_unsettled()
+
+
+@contextmanager
+def _for_reading(file: Path) -> Iterator[Outbox | None]:
+    """None where there is none yet, or its tables are being made."""
     if not file.exists():
-        return {}
+        yield None
+        return
     engine = open_for_reading(sqlite_url(file))
     try:
-        with storage_errors(str(file)), engine.connect() as connection:
-            is_there = inspect(connection).has_table(_COUNTERS.name)
-            return Outbox(connection, str(file)).counters() if is_there else {}
+        with storage_errors(str(file)):
+            connection = engine.connect()
+        with connection:
+            with storage_errors(str(file)):
+                is_made = inspect(connection).has_table(_UPDATES.name)
+            yield Outbox(connection, str(file)) if is_made else None
     finally:
         engine.dispose()
 

@@ -30,8 +30,15 @@ from broker_fl.errors import ProcessError
 BROKER_FL = "broker_fl.cli.main:main"
 MODULES = (
     "torch",
+    "torch._dynamo",  # Two seconds of its own, which the first optimizer spends.
     "uvloop",
+    "anyio._backends._asyncio",
+    "httpcore",
+    "fsspec.implementations.local",
+    "sqlalchemy.dialects.sqlite.aiosqlite",
+    "sqlalchemy.dialects.sqlite",
     "broker_fl.cli.main",
+    "broker_fl.cli.running",
     "broker_fl.cli.wiring",
     "broker_fl.transports.amqp",
 )
@@ -383,6 +390,7 @@ def _become(request: _Request) -> None:
     if request.clock is not None:
         time.time = _jumping(Path(request.clock))
     sys.argv = ["broker-fl", *request.argv]
+    sys.modules["__main__"].__package__ = None  # By which click tells how the program was called.
 
 
 def _jumping(file: Path) -> Callable[[], float]:
@@ -405,6 +413,7 @@ def main() -> None:
     gc.collect()
     gc.freeze()
     _Server().serve()
+    os._exit(0)  # At Python's own end triton would tell us what it leaks.
 
 
 if __name__ == "__main__":

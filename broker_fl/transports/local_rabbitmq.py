@@ -146,6 +146,23 @@ class _Processes:
         finally:
             self.kill()
 
+    async def control(self, *arguments: str) -> str:
+        interval_ms = self.settings.statistics_interval_ms
+        environment = _broker_environment(self.folder, self.ports, statistics_interval_ms=interval_ms)
+        process = await asyncio.create_subprocess_exec(
+            *(str(self.programs.server.with_name("rabbitmqctl")), "--quiet", *arguments),
+            env=environment,
+            cwd=self.folder,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+        )
+        said, _ = await process.communicate()
+        text = said.decode(errors="replace").strip()
+        if process.returncode:
+            raise LocalBrokerError(f"rabbitmqctl {arguments[0]} failed: {' '.join(text.split())[-500:]}")
+        return text
+
     def kill(self) -> None:
         if self.broker is not None:
             _kill(self.broker)
@@ -208,6 +225,11 @@ class LocalRabbitMQ:
     async def stop(self) -> None:
         """An orderly shutdown, as far as `stop_timeout_s` allows; then a kill."""
         await self._processes.stop()
+
+    async def control(self, *arguments: str) -> str:
+        """`rabbitmqctl` with these arguments, as `set_disk_free_limit 900GB` raises an alarm; gives what it says. It takes a
+        second or two. Raises LocalBrokerError."""
+        return await self._processes.control(*arguments)
 
     async def start_again(self) -> None:
         """The same node: same folder, ports, users and durable queues. Stops it first where it still runs."""

@@ -9,13 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sqlalchemy import update
 
 from aggregator.admission import Limits
 from aggregator.broadcast import BroadcastPlan
+from aggregator.chain import link
 from aggregator.coordinator import Coordinator, Rules
 from aggregator.decisions import Goal
 from aggregator.ledger import open_ledger, open_ledger_for_reading
 from aggregator.merging.strategies import build_strategy
+from aggregator.records import ENTRIES
 from aggregator.service import Aggregator, Pace, arrive
 from aggregator.snapshots import Snapshots
 from broker_fl.codecs.chain import change, whole_model
@@ -54,6 +57,11 @@ class Bench:
     clock: FakeClock = field(default_factory=FakeClock)
     names: Names = NAMES
     manifest: object = MANIFEST
+    url: str = ""
+    """Of the ledger; an SQLite file in the folder where it is not given."""
+
+    def __post_init__(self):
+        self.url = self.url or sqlite_url(self.ledger_file)
 
     @property
     def initial(self):
@@ -64,10 +72,32 @@ class Bench:
         return self.folder / "ledger.db"
 
     def ledger(self):
-        return open_ledger(sqlite_url(self.ledger_file))
+        return open_ledger(self.url)
 
     def snapshots(self, folder="snapshots"):
         return Snapshots(str(self.folder / folder), self.manifest)
+
+    def snapshot(self, version):
+        """The file of this version's only snapshot."""
+        (file,) = (self.folder / "snapshots").glob(f"model-*-v{version:08d}-*.safetensors")
+        return file
+
+    def execute(self, statement):
+        """SQL that changes something in the ledger, past all that guards it."""
+        with self.ledger() as ledger, ledger.transaction():
+            assert ledger._connection.exec_driver_sql(statement).rowcount >= 1
+
+    def forge(self, statement):
+        """The same by somebody who knows how: with a hash chain that fits what the entries say then."""
+        with self.ledger() as ledger:
+            with ledger.transaction():
+                assert ledger._connection.exec_driver_sql(statement).rowcount >= 1
+            chain = ledger.chain_after(0)
+            with ledger.transaction():
+                for entry in list(ledger.entries_after(0)):
+                    chain = link(chain, entry)
+                    same = update(ENTRIES).where(ENTRIES.c.seq == entry.seq)
+                    ledger._connection.execute(same.values(chain=chain))
 
     def limits(self, **changes):
         given = {"names": self.names, "manifest": self.manifest, "max_update_bytes": 1 << 20, "max_update_norm": None}
@@ -145,19 +175,19 @@ class Bench:
         return published
 
     def frames(self):
-        with open_ledger_for_reading(sqlite_url(self.ledger_file)) as ledger:
+        with open_ledger_for_reading(self.url) as ledger:
             return ledger.frames_from(0)
 
     def bodies(self):
         """Of all frames, opened."""
-        with open_ledger_for_reading(sqlite_url(self.ledger_file)) as ledger:
+        with open_ledger_for_reading(self.url) as ledger:
             return [wire.decode(ModelFrame, body) for _, body in ledger.bodies_after(0)]
 
     def follower(self):
         return Follower(self.manifest)
 
     def entries(self):
-        with open_ledger_for_reading(sqlite_url(self.ledger_file)) as ledger:
+        with open_ledger_for_reading(self.url) as ledger:
             return list(ledger.entries_after(0))
 
     def update(self, party="ann", *, base, delta=None, seed=0, update_id=None, codec="float32", **changes):
@@ -242,6 +272,9 @@ def delivered(message, *, user, redelivered=False):
         offset=None,
     )
 
+
+OVER_BOTH = pytest.mark.parametrize("bench", ["sqlite", "postgresql"], indirect=True)
+"""A test for ledgers in SQLite and in a real PostgreSQL."""
 
 PARTIES = ("ann", "bob", "cem")
 PATIENCE_S = 20.0
@@ -438,8 +471,10 @@ def ward(bench, broker):
 
 
 @pytest.fixture
-def bench(tmp_path):
-    return Bench(tmp_path)
+def bench(request, tmp_path):
+    """Its ledger is in SQLite, unless the test is marked with `OVER_BOTH`."""
+    database = getattr(request, "param", "sqlite")
+    return Bench(tmp_path, url="" if database == "sqlite" else request.getfixturevalue("postgresql_url"))
 
 
 @pytest.fixture(scope="session")
