@@ -4,9 +4,11 @@ import asyncio
 import random
 import shutil
 import statistics
+from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 from benchmarks.chaos.audit import Audit, audit
@@ -15,6 +17,7 @@ from benchmarks.chaos.stage import PARTIES, Stage, staged, until_progress
 from workers.outbox import read_unsettled
 
 _START_S, _RECOVERY_S, _QUIET_S, _END_S = 120.0, 90.0, 240.0, 60.0
+_WATCH_S = 0.03
 _TOGETHER = 0.15
 """How often a fault comes before the one before it is got over."""
 
@@ -27,6 +30,19 @@ class Incident:
     hurt: Hurt
     recovery_s: float | None
     """From when it was over until the ledger had a new update, of whom it had hit; None where the next one came too soon."""
+    standstill_s: float
+    """The longest time from its beginning to that recovery in which the ledger had nothing new at all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recovery:
+    """Of one kind of fault, in seconds: until it was got over, counted from its end; and how long nothing was merged."""
+
+    times: int
+    median_s: float | None
+    longest_s: float | None
+    standstill_median_s: float
+    standstill_longest_s: float
 
 
 @dataclass(slots=True)
@@ -41,13 +57,48 @@ class Outcome:
     def faults(self) -> Counter[str]:
         return Counter(incident.kind for incident in self.incidents)
 
-    def recoveries(self) -> dict[str, tuple[float, float]]:
-        """Median and longest, in seconds, by kind."""
-        seconds = defaultdict(list)
+    def recoveries(self) -> dict[str, Recovery]:
+        """By kind."""
+        seconds: dict[str, list[float]] = defaultdict(list)
+        standstills: dict[str, list[float]] = defaultdict(list)
         for incident in self.incidents:
+            standstills[incident.kind].append(incident.standstill_s)
             if incident.recovery_s is not None:
                 seconds[incident.kind].append(incident.recovery_s)
-        return {kind: (statistics.median(all_of), max(all_of)) for kind, all_of in sorted(seconds.items())}
+        return {
+            kind: Recovery(
+                times=len(standstills[kind]),
+                median_s=statistics.median(seconds[kind]) if seconds[kind] else None,
+                longest_s=max(seconds[kind], default=None),
+                standstill_median_s=statistics.median(standstills[kind]),
+                standstill_longest_s=max(standstills[kind]),
+            )
+            for kind in sorted(standstills)
+        }
+
+
+class Watch:
+    """Looks at the ledger all the time, and knows when it grew."""
+
+    def __init__(self, stage: Stage) -> None:
+        self._stage = stage
+        self._grew_at: list[float] = []
+
+    async def run(self) -> None:
+        loop = asyncio.get_running_loop()
+        known = 0
+        while True:
+            newest = await asyncio.to_thread(self._stage.last_seq)
+            if newest > known:
+                known = newest
+                self._grew_at.append(loop.time())
+            await asyncio.sleep(_WATCH_S)
+
+    def standstill_s(self, *, since: float) -> float:
+        """The longest time without growth that reaches into the time since then."""
+        first = bisect_right(self._grew_at, since)
+        times = [*self._grew_at[max(0, first - 1) :], asyncio.get_running_loop().time()]
+        return max((later - earlier for earlier, later in pairwise(times)), default=0.0)
 
 
 async def run(
@@ -59,11 +110,13 @@ async def run(
     dice = random.Random(seed)
     outcome = Outcome(seed, minutes)
     async with staged(folder) as stage, asyncio.TaskGroup() as group:
+        watch = Watch(stage)
+        watching = group.create_task(watch.run())
         keepers = [group.create_task(member.run()) for member in stage.members.values()]
         try:
             await _everybody_takes_part(stage)
             say(f"four parties and two aggregators are at work on RabbitMQ in {stage.node.folder}")
-            await _hurt(stage, dice, minutes=minutes, kinds=kinds, outcome=outcome, say=say)
+            await _hurt(stage, dice, watch, minutes=minutes, kinds=kinds, outcome=outcome, say=say)
             say("quiet: nobody trains any more, and what is on its way arrives")
             await _rest(stage, outcome)
             await _end(stage, keepers, outcome)
@@ -72,8 +125,8 @@ async def run(
                 shutil.copytree(folder, keep, dirs_exist_ok=True)
             raise
         finally:
-            for keeper in keepers:
-                keeper.cancel()
+            for task in (*keepers, watching):
+                task.cancel()
         say("the audit: every training again, every entry again")
         outcome.exits = {name: dict(member.exits) for name, member in stage.members.items()}
         violations = outcome.audit.violations
@@ -90,13 +143,16 @@ async def _everybody_takes_part(stage: Stage) -> None:
             raise RuntimeError(f"{party} takes no part: {_last_words(stage)}")
 
 
-async def _hurt(stage: Stage, dice: random.Random, *, minutes: float, kinds: tuple[str, ...], outcome: Outcome, say: Say) -> None:
+async def _hurt(
+    stage: Stage, dice: random.Random, watch: Watch, *, minutes: float, kinds: tuple[str, ...], outcome: Outcome, say: Say
+) -> None:
     loop = asyncio.get_running_loop()
     began = loop.time()
     deck: list[str] = []
     while loop.time() - began < minutes * 60:
         deck = deck or dice.sample(kinds, len(kinds))
         kind = deck.pop()
+        hit_at = loop.time()
         hurt = await FAULTS[kind](stage, dice)
         recovery_s: float | None = None
         if dice.random() >= _TOGETHER:
@@ -105,7 +161,7 @@ async def _hurt(stage: Stage, dice: random.Random, *, minutes: float, kinds: tup
             if recovery_s is None:
                 outcome.audit.violations.append(f"{kind} ({hurt.who} {hurt.what}): no update within {_RECOVERY_S:g} s after it")
             await asyncio.sleep(dice.uniform(0.1, 1.0))
-        outcome.incidents.append(Incident(kind, hurt, recovery_s))
+        outcome.incidents.append(Incident(kind, hurt, recovery_s, watch.standstill_s(since=hit_at)))
         got_over = "" if recovery_s is None else f", got over in {recovery_s:.1f} s"
         say(f"{loop.time() - began:6.0f} s  {len(outcome.incidents):4d}  {kind}: {hurt.who} {hurt.what}{got_over}")
 

@@ -105,6 +105,14 @@ class Stage:
     def outbox_folder(self, party: str) -> Path:
         return self.members[party].disk.folder / "broker-fl-state"
 
+    def last_seq(self) -> int:
+        """Of the ledger; 0 while it is being made."""
+        try:
+            with open_ledger_for_reading(self.ledger_url) as ledger:
+                return ledger.last_seq()
+        except (ConfigurationError, StorageError):
+            return 0
+
     def entries(self, party: str | None = None) -> int:
         """How many updates the ledger has decided on; 0 while it is being made."""
         try:
