@@ -45,9 +45,7 @@ def _say(text: str) -> None:
 def record(outcome: Outcome) -> dict[str, object]:
     """What `--json` writes."""
     found = asdict(outcome.audit)
-    recoveries = {
-        kind: {"median_s": round(m, 2), "longest_s": round(most, 2)} for kind, (m, most) in outcome.recoveries().items()
-    }
+    recoveries = {kind: asdict(recovery) for kind, recovery in outcome.recoveries().items()}
     return {
         "machine": machine(),
         "seed": outcome.seed,
@@ -63,12 +61,11 @@ def record(outcome: Outcome) -> dict[str, object]:
 def _show(outcome: Outcome) -> None:
     table = Table(title=f"Faults, seed {outcome.seed} ({machine()})", title_justify="left")
     table.add_column("kind")
-    for column in ("times", "got over in s, median", "longest"):
+    for column in ("times", "got over after its end, s: median", "longest", "nothing merged, s: median", "longest"):
         table.add_column(column, justify="right")
-    recoveries = outcome.recoveries()
-    for kind, times in sorted(outcome.faults.items()):
-        median, longest = recoveries.get(kind, (float("nan"), float("nan")))
-        table.add_row(kind, str(times), f"{median:.1f}", f"{longest:.1f}")
+    for kind, one in outcome.recoveries().items():
+        seconds = (one.median_s, one.longest_s, one.standstill_median_s, one.standstill_longest_s)
+        table.add_row(kind, str(one.times), *("" if value is None else f"{value:.1f}" for value in seconds))
     console = Console(width=110)
     console.print(table)
     found = outcome.audit
