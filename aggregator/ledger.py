@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, replace
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Select, delete, func, insert, select, tuple_, update
+from sqlalchemy import ColumnElement, Connection, Select, delete, func, insert, inspect, select, tuple_, update
 from sqlalchemy.exc import IntegrityError
 
 from aggregator.chain import genesis, link
@@ -88,8 +88,7 @@ class Ledger:
         with writing(self._connection, self.name):
             same = update(LEAD).where(LEAD.c.id == _LEAD_ROW)
             taken = same.values(epoch=LEAD.c.epoch + 1, **facts)
-            if not self._connection.execute(taken).rowcount:
-                self._connection.execute(insert(LEAD).values(id=_LEAD_ROW, epoch=1, **facts))
+            self._connection.execute(taken)
             epoch = self._connection.execute(select(LEAD.c.epoch).where(LEAD.c.id == _LEAD_ROW)).scalar_one()
         self._epoch = int(epoch)
 
@@ -105,7 +104,7 @@ class Ledger:
         """Who led last; None before the first."""
         with self._reading():
             columns = (LEAD.c.epoch, LEAD.c.holder, LEAD.c.at, LEAD.c.let_go, LEAD.c.is_brief)
-            row = self._connection.execute(select(*columns)).one_or_none()
+            row = self._connection.execute(select(*columns).where(LEAD.c.epoch > 0)).one_or_none()
         return None if row is None else Lead(*row)
 
     def is_leading(self) -> bool:
@@ -136,7 +135,7 @@ class Ledger:
         if not entries:
             return
         chain, rows = self.chain_after(entries[0].seq - 1), []
-        for entry in entries:
+        for entry in map(_storable, entries):
             chain = link(chain, entry)
             rows.append({**asdict(entry), "chain": chain})
         self._connection.execute(insert(ENTRIES), rows)
@@ -288,7 +287,9 @@ class Ledger:
         """The number and body of the newest whole model, be it for the receivers or left by compaction."""
         keyframes = select(BODIES.c.number, BODIES.c.body).where(BODIES.c.kind.in_(("keyframe", "start")))
         with self._reading():
-            row = self._connection.execute(keyframes.order_by(BODIES.c.number.desc()).limit(1)).one_or_none()
+            # Of one number, what is published.
+            newest = keyframes.order_by(BODIES.c.number.desc(), BODIES.c.kind).limit(1)
+            row = self._connection.execute(newest).one_or_none()
         return None if row is None else (row.number, row.body)
 
     def add_keyframe(self, number: int, *, codec: str, body: bytes, plan: str) -> None:
@@ -383,7 +384,12 @@ class Ledger:
             .order_by(ENTRIES.c.party)
         )
         with self._reading():
-            return [Total(**row) for row in self._connection.execute(query).mappings()]
+            rows = self._connection.execute(query).all()
+        # PostgreSQL adds integers up to decimals.
+        return [
+            Total(row.party, row.outcome, row.updates, int(row.size), float(row.mean_staleness), row.max_staleness)
+            for row in rows
+        ]
 
     def last_codecs(self) -> dict[str, str]:
         """The codec of each party's newest update that could be read."""
@@ -404,12 +410,12 @@ class Ledger:
         codec = select(FRAMES.c.codec).where(published).order_by(newest).limit(1)
         keyframe_codec = select(FRAMES.c.keyframe_codec).where(published, FRAMES.c.keyframe_codec.is_not(None))
         with self._reading():
-            totals = self._connection.execute(sums).one()
+            frames, size, keyframes, keyframe_size = (int(value) for value in self._connection.execute(sums).one())
             codecs = [
                 self._connection.execute(query).scalar_one_or_none() or ""
                 for query in (codec, keyframe_codec.order_by(newest).limit(1))
             ]
-        return FrameTotals(*totals, *codecs)
+        return FrameTotals(frames, size, keyframes, keyframe_size, *codecs)
 
     def give_room_back(self) -> None:
         """What was dropped takes no room on the disk any more. Takes as long as copying what is left."""
@@ -421,6 +427,14 @@ class Ledger:
 
     def _reading(self) -> AbstractContextManager[None]:
         return reading(self._connection, self.name)
+
+
+def _storable(entry: Entry) -> Entry:
+    """SQLite keeps -0.0 as 0: the chain must not hold what cannot be read again."""
+    loss, weight = entry.train_loss, entry.weight
+    return replace(
+        entry, at=entry.at + 0.0, train_loss=None if loss is None else loss + 0.0, weight=None if weight is None else weight + 0.0
+    )
 
 
 def _droppable(upto: int) -> ColumnElement[bool]:
@@ -438,6 +452,12 @@ def open_ledger_for_reading(url: str) -> Iterator[Ledger]:
         with storage_errors(name):
             connection = engine.connect()
         with connection:
+            with storage_errors(name):
+                is_made = inspect(connection).has_table(META.name)
+            if not is_made:
+                raise ConfigurationError(
+                    f"there is no ledger at {name}: name the aggregator's folder by --state, or its --ledger"
+                )
             ledger = Ledger(connection, name)
             _check_format(ledger)
             yield ledger
@@ -470,6 +490,8 @@ def _begin(connection: Connection, ledger: Ledger) -> None:
     try:
         with ledger.transaction():
             connection.execute(insert(META), [{"key": key, "value": value} for key, value in facts.items()])
+            nobody = {"id": _LEAD_ROW, "epoch": 0, "holder": "", "at": 0.0, "let_go": True, "is_brief": False}
+            connection.execute(insert(LEAD).values(**nobody))
     except DamagedError as exc:
         if not isinstance(exc.__cause__, IntegrityError):
             raise

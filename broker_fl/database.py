@@ -3,13 +3,14 @@
 import errno
 import fcntl
 import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import quote
 
 from sqlalchemy import URL, Connection, Engine, MetaData, create_engine, event, make_url, text
-from sqlalchemy.exc import ArgumentError, DatabaseError, InterfaceError, NoSuchModuleError, OperationalError, ProgrammingError
+from sqlalchemy.exc import ArgumentError, DatabaseError, InterfaceError, NoSuchModuleError, OperationalError
 from sqlalchemy.pool import StaticPool
 
 from broker_fl.errors import (
@@ -22,6 +23,7 @@ from broker_fl.errors import (
 )
 
 _BUSY_TIMEOUT_S = 30
+_CREATIONS, _CREATION_PAUSE_S = 50, 0.1
 _CONNECT_TIMEOUT_S = 10
 _IDLE_TRANSACTION_MS = 20_000
 """PostgreSQL ends a transaction whose client fell silent in the middle, as a frozen process does, and lets go of its locks."""
@@ -54,13 +56,18 @@ def open_database(url: str, tables: MetaData) -> Engine:
 
 
 def _make_tables(engine: Engine, tables: MetaData) -> None:
-    try:
-        tables.create_all(engine)
-    except (OperationalError, ProgrammingError, DatabaseError) as exc:
-        if "already exists" not in str(exc.orig):
-            raise
-        # Another process made one of them after we had looked.
-        tables.create_all(engine)
+    """Two processes may do it at the same moment: each table is a transaction of its own, SQLite's switch to its log waits for
+    nobody, and PostgreSQL finds two tables of one name only when the second one is there."""
+    for _ in range(_CREATIONS):
+        try:
+            tables.create_all(engine)
+        except DatabaseError as exc:
+            if not any(sign in str(exc.orig) for sign in ("already exists", "locked", "pg_type_typname_nsp_index")):
+                raise
+            time.sleep(_CREATION_PAUSE_S)
+        else:
+            return
+    tables.create_all(engine)
 
 
 def open_for_reading(url: str) -> Engine:
@@ -89,7 +96,7 @@ def display_name(url: str) -> str:
 def _parsed(url: str) -> URL:
     try:
         return make_url(url)
-    except ArgumentError:
+    except (ArgumentError, ValueError):
         # Its message could show a part of the password.
         raise ConfigurationError("expected a database URL, as in postgresql+psycopg://user:password@host/database") from None
 
@@ -115,7 +122,9 @@ def _sqlite(url: str) -> Engine:
     def _configure(connection: sqlite3.Connection, _record: object) -> None:
         # Updates and residuals are large: with pages of 4 KiB writing them takes three times as long.
         connection.execute("PRAGMA page_size = 65536")
-        connection.execute("PRAGMA journal_mode = WAL")
+        (mode,) = connection.execute("PRAGMA journal_mode").fetchone()
+        if mode != "wal":
+            connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")
 
     return engine

@@ -6,7 +6,8 @@ import shutil
 import statistics
 from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -107,34 +108,45 @@ async def run(
     """`kinds` of faults come in shuffled rounds, so that each comes about as often. What was wrong can be looked into in
     `keep`.
     """
-    dice = random.Random(seed)
     outcome = Outcome(seed, minutes)
-    async with staged(folder) as stage, asyncio.TaskGroup() as group:
+    async with federation(folder, outcome, say=say, keep=keep) as stage, asyncio.TaskGroup() as group:
         watch = Watch(stage)
         watching = group.create_task(watch.run())
+        await _hurt(stage, random.Random(seed), watch, minutes=minutes, kinds=kinds, outcome=outcome, say=say)
+        watching.cancel()
+    return outcome
+
+
+@asynccontextmanager
+async def federation(folder: Path, outcome: Outcome, *, say: Say, keep: Path | None = None) -> AsyncIterator[Stage]:
+    """At work while inside; at the end it comes to rest, is over, and is audited into the outcome."""
+    async with staged(folder) as stage, asyncio.TaskGroup() as group:
         keepers = [group.create_task(member.run()) for member in stage.members.values()]
         try:
             await _everybody_takes_part(stage)
             say(f"four parties and two aggregators are at work on RabbitMQ in {stage.node.folder}")
-            await _hurt(stage, dice, watch, minutes=minutes, kinds=kinds, outcome=outcome, say=say)
+            yield stage
             say("quiet: nobody trains any more, and what is on its way arrives")
             await _rest(stage, outcome)
             await _end(stage, keepers, outcome)
         except BaseException:
-            if keep is not None:
-                shutil.copytree(folder, keep, dirs_exist_ok=True)
+            _keep(folder, keep)
             raise
         finally:
-            for task in (*keepers, watching):
-                task.cancel()
+            for keeper in keepers:
+                keeper.cancel()
         say("the audit: every training again, every entry again")
         outcome.exits = {name: dict(member.exits) for name, member in stage.members.items()}
         violations = outcome.audit.violations
         outcome.audit = await asyncio.to_thread(audit, stage)
         outcome.audit.violations = violations + outcome.audit.violations + _crashes(stage)
-        if keep is not None and outcome.audit.violations:
-            shutil.copytree(folder, keep, dirs_exist_ok=True)
-    return outcome
+        if outcome.audit.violations:
+            _keep(folder, keep)
+
+
+def _keep(folder: Path, keep: Path | None) -> None:
+    if keep is not None:
+        shutil.copytree(folder, keep, dirs_exist_ok=True)
 
 
 async def _everybody_takes_part(stage: Stage) -> None:

@@ -6,7 +6,8 @@ import asyncio
 import random
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from benchmarks.chaos.member import Member
@@ -134,11 +135,26 @@ async def half_sent(stage: Stage, dice: random.Random) -> Hurt:
 async def failpoint(stage: Stage, dice: random.Random) -> Hurt:
     """Somebody dies at a moment that no signal could be timed for."""
     name = dice.choice(sorted(FAILPOINTS))
-    role = name.partition(".")[0]
-    member = stage.leader if role == "aggregator" else dice.choice(stage.workers)
-    member.arm(f"{name}=kill@{dice.randint(1, 10)}")
-    await asyncio.sleep(1.0)
+    async with armed(stage, f"{name}=kill@{dice.randint(1, 10)}", worker=dice.choice(stage.workers)) as member:
+        await asyncio.sleep(2.0)
     return Hurt(member.name, name)
+
+
+@asynccontextmanager
+async def armed(stage: Stage, failpoint: str, *, worker: Member) -> AsyncIterator[Member]:
+    """The worker, or for an aggregator's failpoint the one that leads while inside. It is killed once, to begin with."""
+    if failpoint.startswith("worker."):
+        worker.arm(failpoint)
+        yield worker
+        return
+    leader, standby = stage.leader, stage.standby
+    standby.arm(failpoint)
+    leader.hold_down()
+    leader.kill()
+    try:
+        yield standby
+    finally:
+        leader.let_up()
 
 
 async def memory_alarm(stage: Stage, dice: random.Random) -> Hurt:

@@ -30,7 +30,7 @@ from broker_fl.errors import ProcessError
 BROKER_FL = "broker_fl.cli.main:main"
 MODULES = (
     "torch",
-    "torch._dynamo",  # Two seconds of its own, which the first optimizer spends.
+    "torch._dynamo",  # A second of its own, which a worker spends on its first optimizer.
     "uvloop",
     "anyio._backends._asyncio",
     "httpcore",
@@ -81,7 +81,7 @@ class ClockFile:
 
 @dataclass(frozen=True, slots=True)
 class Child:
-    """A process that the nursery forked, in a session of its own."""
+    """A process that the nursery forked. Signals reach it alone, and not what it started."""
 
     pid: int
     _code: asyncio.Future[int] = field(repr=False)
@@ -134,7 +134,9 @@ class Nursery:
     What the server itself has to say, as why it could not import something, goes to our standard error.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, modules: Sequence[str] = MODULES) -> None:
+        """`modules` are imported before the first fork, the others by each child that needs them."""
+        self._modules = modules
         self._numbers = count(1)
         self._starting: dict[int, asyncio.Future[Child]] = {}
         self._codes: dict[int, asyncio.Future[int]] = {}
@@ -154,7 +156,7 @@ class Nursery:
             # Not entered by the stack, which would tell it what the body raises: the group would wrap it.
             stack.push_async_callback(group.__aexit__, None, None, None)
             self._process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-P", "-m", "benchmarks.chaos.nursery"),
+                *(sys.executable, "-P", "-m", "benchmarks.chaos.nursery", *self._modules),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 env={**environment, **_ONE_THREAD},
@@ -211,7 +213,7 @@ class Nursery:
         try:
             return await started
         except asyncio.CancelledError:
-            if not started.cancelled():
+            if not started.cancelled() and started.exception() is None:
                 started.result().kill()
             raise
 
@@ -306,8 +308,7 @@ class _Server:
 
     def _end_all(self) -> None:
         for _, pid in self._running.values():
-            os.kill(pid, signal.SIGKILL)
-            with suppress(ProcessLookupError):  # One that had no time yet to open its session.
+            with suppress(ProcessLookupError):  # It died before it had a session.
                 os.killpg(pid, signal.SIGKILL)
         for descriptor in list(self._running):
             with suppress(BrokenPipeError):
@@ -330,10 +331,17 @@ def _fork(request: _Request) -> int:
         folder = descriptor(request.folder, os.O_DIRECTORY)
         stdio = [descriptor(os.devnull, os.O_RDONLY)]
         stdio += [descriptor(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND) for path in (request.out, request.err)]
+        begun, begins = os.pipe()
+        opened.callback(os.close, begun)
         server = os.getpid()
-        pid = os.fork()
-        if pid == 0:
-            _live(request, stdio, folder=folder, server=server)
+        try:
+            pid = os.fork()
+            if pid == 0:
+                _live(request, stdio, folder=folder, server=server)
+        finally:
+            os.close(begins)
+        # The child closes its end together with all that is the server's. Nobody may freeze it before: it would not die with us.
+        os.read(begun, 1)
         return pid
 
 
@@ -378,15 +386,15 @@ def _run(request: _Request) -> int:
 
 def _become(request: _Request) -> None:
     """What a new process has for itself, and a fork shares with its parent."""
-    import numpy as np
-    import torch
-
     for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
         signal.signal(number, _PYTHONS_HANDLERS.get(number, signal.SIG_DFL))
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     os.environ.update(request.variables)
-    np.random.seed()  # noqa: NPY002
-    torch.default_generator.seed()  # Python's own module `random` does so by itself.
+    # Python's own module `random` does so by itself.
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed()
+    if "torch" in sys.modules:
+        sys.modules["torch"].default_generator.seed()
     if request.clock is not None:
         time.time = _jumping(Path(request.clock))
     sys.argv = ["broker-fl", *request.argv]
@@ -401,11 +409,10 @@ def _jumping(file: Path) -> Callable[[], float]:
 
 
 def main() -> None:
-    for module in MODULES:
+    for module in sys.argv[1:]:
         importlib.import_module(module)
-    import torch
-
-    torch.set_num_threads(1)
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
     threads = len(list(Path("/proc/self/task").iterdir())), threading.active_count()
     if threads != (1, 1):
         raise ProcessError(f"imports left threads behind, {threads} of the kernel and of Python, and a fork would lose them")

@@ -118,9 +118,9 @@ async def test_who_may_not_or_cannot_take_part_says_why_and_leaves_those_at_work
         task = ("--set", "federation.name=blobs", "--task", federation.task, *elsewhere)
         return federation.run("worker", "--party", name, "--broker", url, *task, name=f"worker-{name}", folder=federation.folder)
 
+    second = federation.aggregator()
     started = {
-        "another aggregator works with broker-fl-state": federation.aggregator(),
-        "another aggregator is at work on federation 'blobs'": federation.aggregator("--state", "elsewhere"),
+        "another aggregator, with another ledger, is at work on federation 'blobs'": federation.aggregator("--state", "elsewhere"),
         "another worker on this machine already serves party 'a'": federation.worker("a"),
         "another worker already serves party 'a'": federation.worker("a", *elsewhere, *impatient),
         "the federation trains another model than this task": federation.worker("b", "--task", f"{federation.task[:-5]}:WIDE"),
@@ -132,7 +132,13 @@ async def test_who_may_not_or_cannot_take_part_says_why_and_leaves_those_at_work
         assert expected in line
         assert "hidden" not in line
     assert federation.outbox("b").last_sequence == 0
+    # No mistake: with the same ledger it waits for its turn.
+    await second.says("standing by: another aggregator leads")
     await federation.reaches(federation.version + 5, aggregator, at_work)
+    assert second.is_alive
+    aggregator.terminate()
+    await aggregator.ends_well()
+    await federation.reaches(federation.version + 5, second, at_work)
 
 
 async def test_demo_on_a_port_in_use_says_so(federation: SmallFederation) -> None:
