@@ -55,6 +55,8 @@ class Status:
     keyframe_bytes: int = 0
     keyframe_codec: str = ""
     aggregator_online: bool = False
+    standbys: int = 0
+    """Aggregators that are connected, beside the one that leads."""
     parties: dict[str, PartyStatus] = field(default_factory=dict)
     queues: list[QueueStatus] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
@@ -132,11 +134,13 @@ async def _ask_broker(settings: "Settings", status: Status) -> None:
             status.broker = f"RabbitMQ {(await management.overview()).rabbitmq_version} at {settings.broker.address()}"
             for party in await list_parties(management, settings):
                 status.parties.setdefault(party, PartyStatus())
+            aggregators = 0
             for connection in await management.connections():
                 kind, _, name = connection.name.partition(":")
                 if kind == "worker" and name in status.parties:
                     status.parties[name].online = True
-                status.aggregator_online |= connection.name == f"aggregator:{federation}"
+                aggregators += connection.name == f"aggregator:{federation}"
+            status.aggregator_online, status.standbys = aggregators > 0, max(0, aggregators - 1)
             for queue in await management.queues(f"fl.{federation}."):
                 status.queues.append(QueueStatus(queue.name, queue.type, queue.ready, queue.unacknowledged, queue.consumers or 0))
     except BrokerError as exc:
@@ -149,7 +153,8 @@ def _show(status: Status) -> None:
 
     console = Console()
     version = "unknown" if status.version is None else str(status.version)
-    aggregator = "online" if status.aggregator_online else "offline"
+    standbys = f", {status.standbys} standing by" if status.standbys else ""
+    aggregator = f"online{standbys}" if status.aggregator_online else "offline"
     over = ", over" if status.is_over else ""
     console.print(f"[bold]{status.federation}[/bold] on {status.broker or 'an unreachable broker'}")
     console.print(f"version {version}{over}; aggregator {aggregator}")
