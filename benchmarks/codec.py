@@ -127,9 +127,9 @@ def model(parameters: int) -> Manifest:
     return manifest_of({name: np.empty(shape, np.float32) for name, shape in shapes.items()})
 
 
-def delta(manifest: Manifest) -> Vector:
+def delta(manifest: Manifest, *, seed: int = 1) -> Vector:
     """Products of two normal variables (kurtosis 9); tensors at scales over a decade, rows from a log-normal around those."""
-    generator = np.random.default_rng(1)
+    generator = np.random.default_rng(seed)
     vector = generator.standard_normal(manifest.size, dtype=np.float32)
     vector *= generator.standard_normal(manifest.size, dtype=np.float32)
     for tensor in manifest.tensors:
