@@ -4,18 +4,16 @@ What is left replays from the oldest snapshot that is kept. Each entry stays, wi
 update that comes again after months is still known, and whoever kept a copy can prove what was in it.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from aggregator.ledger import Ledger
 from aggregator.records import FrameRow, SnapshotRow
-from aggregator.recovery import changed_by, manifest_of_ledger, snapshot_rows, start_of_chain
+from aggregator.recovery import begin, changed_by, manifest_of_ledger, replay, snapshot_rows, start_of_chain
 from aggregator.snapshots import Snapshots, Stored
 from broker_fl.codecs.chain import rounded
 from broker_fl.errors import DamagedError, StorageInUseError
 from broker_fl.parameters import digest
 from schemas import wire
-from schemas.frame import ModelFrame
-from schemas.manifest import Manifest
 
 _EXACT = "float32"
 
@@ -33,27 +31,40 @@ class Compacted:
 
 
 def compact(ledger: Ledger, snapshots: Snapshots, *, keep: int) -> Compacted:
-    """Keeps at least the payloads of the newest `keep` entries. An aggregator may be at work.
+    """Keeps the payloads of the newest `keep` entries, and a snapshot before them. An aggregator may be at work.
 
-    Raises DamagedError if the snapshot that replay would begin with cannot be read: then nothing is dropped.
+    Raises DamagedError if that snapshot cannot be made or read: then nothing is dropped.
     """
     rows = snapshot_rows(ledger)
-    before = [row for row in rows if row.seq <= ledger.last_seq() - keep]
-    horizon = before[-1] if before else rows[0]
-    # Nothing goes before what takes its place was seen to be whole.
+    seq = max(ledger.last_seq() - keep, rows[0].seq)
+    horizon = next((row for row in rows if row.seq == seq), None) or _snapshot(ledger, snapshots, seq=seq)
+    with ledger.transaction():
+        ledger.add_snapshot(horizon)
+    # Nothing goes before what takes its place was seen to be whole, and under a name that no starting aggregator sweeps away.
     snapshots.read(Stored(horizon.file, horizon.sha256))
     payloads, size = ledger.payload_bytes(upto=horizon.seq)
-    gone = before[:-1]
+    gone = [row for row in rows if row.seq < horizon.seq]
     start = _start(ledger, horizon)
-    frames = 0 if start is None else start.number - next(iter(ledger.starts()), 1)
     with ledger.transaction():
         ledger.drop_payloads(upto=horizon.seq)
         ledger.drop_snapshots(before=horizon.seq)
-        if start is not None:
-            ledger.drop_bodies(upto=start.number, start=start.body or b"")
+        frames = 0 if start is None else ledger.drop_bodies(upto=start[0], start=start[1])
     for row in gone:
         snapshots.remove(row.file)
     return Compacted(payloads, size, frames, len(gone), horizon.version, room_is_back=_give_room_back(ledger))
+
+
+def _snapshot(ledger: Ledger, snapshots: Snapshots, *, seq: int) -> SnapshotRow:
+    """Of the state after this entry. The ledger does not name it yet."""
+    rows = [row for row in snapshot_rows(ledger) if row.seq < seq]
+    steps = replay(ledger, snapshots, manifest_of_ledger(ledger), start=begin(ledger, snapshots, rows))
+    reached = next((step for step in steps if step.seq == seq), None)
+    if reached is None or reached.entry is None:
+        raise DamagedError(f"{ledger.name}: entry {seq} is missing; restore it from a backup")
+    lead = ledger.lead()
+    epoch = 0 if lead is None else lead.epoch
+    stored = snapshots.write(reached.state, seq=seq, ledger=ledger.facts()["ledger_id"], epoch=epoch)
+    return SnapshotRow(seq, reached.state.version, stored.file, stored.sha256, reached.entry.at)
 
 
 def _give_room_back(ledger: Ledger) -> bool:
@@ -64,33 +75,35 @@ def _give_room_back(ledger: Ledger) -> bool:
     return True
 
 
-def _start(ledger: Ledger, horizon: SnapshotRow) -> FrameRow | None:
-    """The last frame of the snapshot's version or an earlier one, with what the receivers hold after it as its body; None if the
-    chain of changes begins there already."""
-    manifest = manifest_of_ledger(ledger)
-    frames = [frame for frame in ledger.frames_from(0) if frame.version <= horizon.version and frame.published_at is not None]
-    first = ledger.starts()
-    if not frames or not first or frames[-1].number <= first[0]:
+def _start(ledger: Ledger, horizon: SnapshotRow) -> tuple[int, bytes] | None:
+    """The number of the last frame that may go, and what the receivers hold after it, as a keyframe; None where none may.
+
+    The newest one stays, since it is announced again, and with it all that wait to be published.
+    """
+    newest = ledger.last_frame()
+    starts = ledger.starts()
+    if newest is None or not starts:
         return None
-    last = frames[-1]
-    return replace(last, body=_whole(ledger, last, first=max(n for n in first if n <= last.number), manifest=manifest))
+    frames = [frame for frame in ledger.frames_from(0) if starts[0] < frame.number < newest.number]
+    old = [frame for frame in frames if frame.version <= horizon.version and frame.published_at is not None]
+    if not old:
+        return None
+    last = old[-1]
+    first = max(number for number in starts if number <= last.number)
+    body = ledger.start(first) if first == last.number else _whole(ledger, last, first=first)
+    return (last.number, body) if body is not None else None
 
 
-def _whole(ledger: Ledger, row: FrameRow, *, first: int, manifest: Manifest) -> bytes:
-    start, model = start_of_chain(ledger, first, manifest=manifest)
-    frame: ModelFrame = start
-    rules = start.plan
+def _whole(ledger: Ledger, row: FrameRow, *, first: int) -> bytes:
+    manifest = manifest_of_ledger(ledger)
+    frame, model = start_of_chain(ledger, first, manifest=manifest)
+    rules = frame.plan
     for frame in changed_by(ledger, model, after=first, manifest=manifest):
         rules = frame.plan or rules
         if frame.number == row.number:
             break
     if digest(model) != row.digest or frame.number != row.number:
         raise DamagedError(f"{ledger.name}: frame {row.number} decodes to another model than its digest says")
-    facts = {
-        "base": None,
-        "manifest": manifest,
-        "plan": rules,
-        "codec": _EXACT,
-        "payload": rounded(model, _EXACT, manifest=manifest)[0],
-    }
+    whole = rounded(model, _EXACT, manifest=manifest)[0]
+    facts = {"base": None, "manifest": manifest, "plan": rules, "codec": _EXACT, "payload": whole}
     return wire.encode(frame.model_copy(update=facts))

@@ -108,8 +108,10 @@ class Coordinator:
 
     def _sweep(self, ledger_id: str) -> None:
         """Snapshots that earlier leaders wrote and did not live to name in the ledger: nobody can name them any more."""
+        files = self._snapshots.files(ledger_id)
+        # Read after the files were: one that a compaction writes is named before long, and is looked for again when it is.
         known = {row.file for row in self._ledger.snapshots()}
-        for file in self._snapshots.files(ledger_id):
+        for file in files:
             if file not in known and epoch_of(file) < self._ledger.epoch:
                 log.info("a snapshot that the ledger does not name is removed", file=file)
                 self._snapshots.remove(file)
@@ -118,6 +120,14 @@ class Coordinator:
     def is_leading(self) -> bool:
         """Whether nobody took the ledger's lead since `open`."""
         return self._ledger.is_leading()
+
+    @property
+    def ledger_id(self) -> str:
+        return self._plan.ledger_id
+
+    def lead(self) -> Lead | None:
+        """Who took the ledger's lead last."""
+        return self._ledger.lead()
 
     def other_leader(self) -> Lead | None:
         """Who leads this ledger, or was killed when it did."""
@@ -250,9 +260,9 @@ class Coordinator:
         if 0 <= now - self._looked_at < _LOOK_EVERY_S:
             return
         self._looked_at = now
-        lead = self.other_leader()
-        if lead is not None:
-            raise FencedError(f"{self._ledger.name} is led by {lead.holder} now")
+        if not self._ledger.is_leading():
+            lead = self._ledger.lead()
+            raise FencedError(f"{self._ledger.name} was taken by {lead.holder if lead else 'nobody'}")
 
     def _expire_parts(self, now: float) -> None:
         with self._ledger.transaction():

@@ -90,28 +90,33 @@ def roll_back(ledger: Ledger, snapshots: Snapshots, *, to: int, holder: str, at:
     Takes the ledger's lead for it: an aggregator at work notices, opens the ledger again, and broadcasts the new version as a
     keyframe. Raises ConfigurationError for a version that cannot be made again.
     """
-    ledger.take_lead(holder, at=at, is_brief=True)
-    manifest = manifest_of_ledger(ledger)
     if to == ledger.latest_version():
         raise ConfigurationError(f"version {to} is the newest one: there is nothing to go back from")
     target = model_of(ledger, snapshots, version=to)
-    now = recover(ledger, snapshots, manifest)
+    ledger.take_lead(holder, at=at, is_brief=True)
+    try:
+        return _append_rollback(ledger, snapshots, target, at=at)
+    finally:
+        ledger.let_go()
+
+
+def _append_rollback(ledger: Ledger, snapshots: Snapshots, target: State, *, at: float) -> RollBack:
+    now = recover(ledger, snapshots, manifest_of_ledger(ledger))
     state = rolled_back(now.state, target)
     buffer = now.state.buffer
     dropped = 0 if buffer is None else len(buffer.parties)
-    detail = f"back to version {to}; {dropped} buffered updates dropped" if dropped else f"back to version {to}"
+    what = f"back to version {target.version}"
     entry = Entry(
         seq=now.seq + 1,
         kind="rollback",
         at=at,
         version=state.version,
-        base_version=to,
-        detail=detail,
+        base_version=target.version,
+        detail=f"{what}; {dropped} buffered updates dropped" if dropped else what,
         model_digest=fingerprint(state.model),
     )
     stored = snapshots.write(state, seq=entry.seq, ledger=ledger.facts()["ledger_id"], epoch=ledger.epoch)
     with ledger.transaction():
         ledger.append([entry])
         ledger.add_snapshot(SnapshotRow(entry.seq, state.version, stored.file, stored.sha256, at))
-    ledger.let_go()
-    return RollBack(state.version, to, dropped, digest(state.model))
+    return RollBack(state.version, target.version, dropped, digest(state.model))

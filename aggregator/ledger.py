@@ -94,10 +94,9 @@ class Ledger:
 
     def let_go(self) -> None:
         """In order: it is known from now on that nobody is at work. Where somebody took the lead meanwhile, that stays."""
-        epoch, self._epoch = self._epoch, None
-        if epoch is not None:
+        if self._epoch is not None:
             with writing(self._connection, self.name):
-                same = update(LEAD).where(LEAD.c.id == _LEAD_ROW, LEAD.c.epoch == epoch)
+                same = update(LEAD).where(LEAD.c.id == _LEAD_ROW, LEAD.c.epoch == self._epoch)
                 self._connection.execute(same.values(let_go=True))
 
     def lead(self) -> Lead | None:
@@ -108,9 +107,9 @@ class Ledger:
         return None if row is None else Lead(*row)
 
     def is_leading(self) -> bool:
-        """Whether we took the lead, and nobody did since."""
+        """Whether we took the lead, did not let go, and nobody took it since."""
         lead = self.lead()
-        return lead is not None and lead.epoch == self._epoch
+        return lead is not None and lead.epoch == self._epoch and not lead.let_go
 
     @property
     def epoch(self) -> int:
@@ -243,11 +242,14 @@ class Ledger:
             body: bytes | None = self._connection.execute(query).scalar_one_or_none()
         return body
 
-    def drop_bodies(self, *, upto: int, start: bytes) -> None:
-        """Of the frames up to this number, whose model `start` holds from now on. Keyframes that wait stay."""
-        gone = (BODIES.c.kind == "frame") & (BODIES.c.number <= upto) | (BODIES.c.kind == "start") & (BODIES.c.number <= upto)
-        self._connection.execute(delete(BODIES).where(gone))
+    def drop_bodies(self, *, upto: int, start: bytes) -> int:
+        """Of the frames up to this number, whose model `start` holds from now on; gives how many that were. Keyframes that wait
+        stay."""
+        old = BODIES.c.number <= upto
+        frames = self._connection.execute(delete(BODIES).where(BODIES.c.kind == "frame", old)).rowcount
+        self._connection.execute(delete(BODIES).where(BODIES.c.kind == "start", old))
         self._connection.execute(insert(BODIES).values(kind="start", number=upto, body=start))
+        return int(frames)
 
     def last_frame(self) -> FrameRow | None:
         """Without bodies."""
@@ -452,7 +454,7 @@ def open_ledger_for_reading(url: str) -> Iterator[Ledger]:
         with storage_errors(name):
             connection = engine.connect()
         with connection:
-            with storage_errors(name):
+            with reading(connection, name):
                 is_made = inspect(connection).has_table(META.name)
             if not is_made:
                 raise ConfigurationError(

@@ -253,7 +253,7 @@ def _target(ledger: Ledger, snapshots: Snapshots, manifest: Manifest, entry: Ent
     """What a rollback went back to: made again, or where compaction took away what that needs, as it was kept."""
     version = entry.base_version or 0
     rows = snapshot_rows(ledger)
-    if skip is not None or rows[0].version <= version:
+    if rows[0].version <= version:
         return state_at(ledger, snapshots, manifest, version=version, before=entry.seq, skip=skip)
     kept = next((row for row in rows if row.seq == entry.seq), None)
     if kept is None:
@@ -339,15 +339,17 @@ class _BroadcastBases:
         return remember_base(strategy, state, broadcast=model.copy())
 
     def _begin(self, state: State, numbers: dict[int, int]) -> Vector:
-        """At the newest base of the snapshot; where it has none, as after a change of strategy, at the start of the chain."""
+        """At the newest base of the snapshot, or at a start of the chain that is nearer; compaction leaves no frames before
+        that.
+        """
+        starts = self._ledger.starts()
+        if not starts:
+            raise DamagedError(f"{self._ledger.name} has lost the whole model of its first frame; restore it from a backup")
+        nearest = max((start for start in starts if start <= numbers[state.version]), default=starts[0])
         known = max((version for version in state.bases if version in numbers), default=None)
-        if known is not None:
+        if known is not None and numbers[known] >= nearest:
             self._number, model = numbers[known], state.bases[known].copy()
         else:
-            starts = self._ledger.starts()
-            if not starts:
-                raise DamagedError(f"{self._ledger.name} has lost the whole model of its first frame; restore it from a backup")
-            self._number = max((start for start in starts if start <= numbers[state.version]), default=starts[0])
-            model = start_of_chain(self._ledger, self._number, manifest=self._manifest)[1]
+            self._number, model = nearest, start_of_chain(self._ledger, nearest, manifest=self._manifest)[1]
         self._frames = changed_by(self._ledger, model, after=self._number, manifest=self._manifest)
         return model

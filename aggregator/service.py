@@ -28,6 +28,8 @@ from broker_fl.errors import (
     NotFoundError,
     PublishTimeoutError,
     QueueInUseError,
+    StorageError,
+    StorageInUseError,
     StorageUnavailableError,
     UnroutableError,
     first_of,
@@ -47,6 +49,10 @@ Result = TypeVar("Result")
 _LOOK_WHO_LEADS_S = 2.0
 _LOOKS_IN_VAIN = 3
 """A candidate that is not elected asks its ledger who leads. A leader that was just elected has some time to write itself in."""
+
+_NEWEST_FRAME_S = 0.5
+LEDGER = "x-fl-ledger"
+"""The header of a frame that says whose it is."""
 
 _OPERATOR_AT_MOST_S = 30.0
 _LOOK_FOR_OPERATOR_S = 0.05
@@ -118,6 +124,7 @@ class Aggregator:
         self._frame_waits = asyncio.Event()
         self._failure: Exception | None = None
         self._is_open = False
+        self._has_led = asyncio.Event()
         self._fenced_at: list[float] = []
         self._ledger_thread = ThreadPoolExecutor(1, thread_name_prefix="ledger")
         self._decoders = ThreadPoolExecutor(2, thread_name_prefix="decode")
@@ -162,7 +169,7 @@ class Aggregator:
                 ):
                     was_up = True
                     backoff.reset()
-                    if await self._is_elected(candidate):
+                    if await self._is_elected(transport, candidate):
                         await self._begin_to_lead(open_state)
                         await self._session(transport, candidate)
                         # Before the lead is given up: whoever takes it finds all that we have.
@@ -176,21 +183,29 @@ class Aggregator:
                 log.warning("broker lost, trying again", reason=str(first_of(lost)), wait_s=round(backoff.next_s, 1))
                 # Not unless winding down: a federation that is over waits for its broker too, and must not do so without a pause.
                 await backoff.wait(unless=self._stopped)
-            except* StorageUnavailableError as lost:
+            except* (StorageUnavailableError, StorageInUseError) as lost:
+                # In use: a leader that is frozen in the middle of a commit keeps SQLite's lock until it is thawed or killed.
                 self._forget_state()
                 log.warning("ledger lost, trying again", reason=str(first_of(lost)), wait_s=round(backoff.next_s, 1))
                 await backoff.wait(unless=self._stopped)
             except* FencedError as fenced:
                 self._forget_state()
-                log.warning("another one leads now: standing by", reason=str(first_of(fenced)))
-                self._count_fence(fenced)
+                log.warning("the ledger was taken: standing by", reason=str(first_of(fenced)))
+                await self._count_fence(fenced)
 
     def _forget_state(self) -> None:
         """It is made anew from the ledger when this aggregator leads again."""
         self._failure = None
         self._is_open = False
 
-    def _count_fence(self, fenced: BaseException) -> None:
+    async def _count_fence(self, fenced: BaseException) -> None:
+        """Not of an operator's command, however many there are."""
+        try:
+            lead = await self._in_ledger(self._coordinator.lead)
+        except StorageError:
+            return  # The next session says what is wrong.
+        if lead is not None and lead.is_brief:
+            return
         now = asyncio.get_running_loop().time()
         self._fenced_at = [at for at in self._fenced_at if now - at < _FENCED_WITHIN_S] + [now]
         if len(self._fenced_at) > _FENCED_AT_MOST:
@@ -199,28 +214,43 @@ class Aggregator:
                 "leader on this broker: does it work on another broker?"
             ) from fenced
 
-    async def _is_elected(self, candidate: Candidate) -> bool:
+    async def _is_elected(self, transport: Transport, candidate: Candidate) -> bool:
         """Waits until nobody else leads; False if it is stopped before."""
         async with asyncio.TaskGroup() as group:
             election = group.create_task(candidate.elected())
-            others = [group.create_task(service) for service in (self._stopped.wait(), self._look_who_leads())]
+            others = [group.create_task(service) for service in (self._stopped.wait(), self._look_who_leads(transport))]
             await asyncio.wait((election, others[0]), return_when=asyncio.FIRST_COMPLETED)
             is_elected = election.done()
             for task in (election, *others):
                 task.cancel()
         return is_elected
 
-    async def _look_who_leads(self) -> None:
+    async def _look_who_leads(self, transport: Transport) -> None:
         """Raises QueueInUseError where the leader has another ledger: two models would go into one log, one after the other."""
         for _ in range(_LOOKS_IN_VAIN):
             await asyncio.sleep(_LOOK_WHO_LEADS_S)
-            if (lead := await self._in_ledger(self._coordinator.other_leader)) is not None:
+            lead = await self._in_ledger(self._coordinator.other_leader)
+            # One that was killed leaves its lead in the ledger; whose frames are in the log tells more.
+            if lead is not None and await self._newest_ledger(transport) in (None, self._coordinator.ledger_id):
                 log.info("standing by: another aggregator leads", federation=self._names.federation, leader=lead.holder)
                 return
         raise QueueInUseError(
             f"another aggregator, with another ledger, is at work on federation {self._names.federation!r}: end it first, name "
             "its ledger to stand by for it, or take another name"
         )
+
+    async def _newest_ledger(self, transport: Transport) -> str | None:
+        """That of the newest frames in the log; None where there are none."""
+        ledger = None
+        with suppress(NotFoundError, TimeoutError):
+            async with (
+                transport.follow(self._names.model_log, start="last", name="aggregator-standby") as feed,
+                asyncio.timeout(_NEWEST_FRAME_S),
+            ):
+                while True:
+                    found = (await feed.receive()).headers.get(LEDGER)
+                    ledger = found if isinstance(found, str) else ledger
+        return ledger
 
     async def _begin_to_lead(self, open_state: Callable[[], None]) -> None:
         """With the state in memory, where nobody else led since; else with what the ledger has."""
@@ -229,6 +259,7 @@ class Aggregator:
             await self._let_operator_finish()
             await self._in_ledger(open_state)
             self._is_open = True
+        self._has_led.set()
         self._on_lead()
         if self._coordinator.goal_reached():
             await self._finish()
@@ -406,6 +437,7 @@ class Aggregator:
     async def _publish_frame(self, transport: Transport, frame: FrameRow) -> None:
         """First the keyframe, where there is one: whoever reads the frame may ask for it."""
         common: dict[str, Header] = {
+            LEDGER: self._coordinator.ledger_id,
             "x-fl-version": frame.version,
             "x-fl-number": frame.number,
             "x-fl-digest": frame.digest,
@@ -471,17 +503,22 @@ class Aggregator:
         self._winding_down.set()
 
     async def _finish_after_seconds(self) -> None:
-        """One that stands by leaves the end of the federation to the leader."""
+        """From when it first leads: one that stands by leaves the end of the federation to the leader."""
         if self._seconds is None:
             return
+        await self._has_led.wait()
         await asyncio.sleep(self._seconds)
-        try:
-            if self._is_open:
-                await self._finish()
-            else:
+        backoff = Backoff()
+        while not self._winding_down.is_set():
+            try:
+                if self._is_open:
+                    await self._finish()
+                else:
+                    self.stop()
+            except FencedError:
                 self.stop()
-        except FencedError:
-            self.stop()
+            except (StorageUnavailableError, StorageInUseError):
+                await backoff.wait(unless=self._stopped)
 
     async def _tell(
         self,

@@ -7,6 +7,7 @@ but not merged rides along under names that no model uses.
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from broker_fl.errors import ConfigurationError, DamagedError
 from broker_fl.parameters import Vector, flatten, unflatten
 from schemas.manifest import Manifest
 
+_OURS = re.compile(r"model-[0-9a-f]{8}-v\d{8,}-s\d{8,}-e(\d{4,})\.safetensors(?:\.part)?")
 _BUFFER = "broker_fl.buffer"
 _BASE = "broker_fl.base."
 
@@ -88,7 +90,8 @@ class Snapshots:
             filesystem, folder = fsspec.core.url_to_fs(self._root)
             found = filesystem.ls(folder, detail=False) if filesystem.exists(folder) else []
         names = sorted(str(path).rstrip("/").rpartition("/")[2] for path in found)
-        return [name for name in names if name.startswith(_prefix(ledger))]
+        # What somebody put beside them, as a copy under another name, is not ours.
+        return [name for name in names if name.startswith(_prefix(ledger)) and _OURS.fullmatch(name)]
 
     def remove(self, file: str) -> None:
         """Raises StorageError; that it is not there is no error."""
@@ -137,7 +140,10 @@ def _prefix(ledger: str) -> str:
 
 def epoch_of(file: str) -> int:
     """Of a name that `files` gave."""
-    return int(file.partition(".")[0].rpartition("-e")[2])
+    found = _OURS.fullmatch(file)
+    if found is None:
+        raise ValueError(f"{file!r} is no snapshot's name")
+    return int(found[1])
 
 
 def _metadata(data: bytes) -> dict[str, str]:

@@ -58,8 +58,8 @@ def verify(ledger: Ledger, snapshots: Snapshots) -> Verified:
         counts[_kind(last)] += 1
     state = snapshots.read(Stored(first.file, first.sha256))
     start = Recovered(state, first.seq, merging_at(ledger, first.seq), state.version, first.seq)
-    chain = _Chain(ledger, manifest, frames)
-    pending = _Pending(rows, [frame for frame in frames if chain.is_due(frame, version=state.version)], chain)
+    chain = _Chain(ledger, manifest, frames, version=state.version)
+    pending = _Pending(rows, chain.due, chain)
     reached = start
     for reached in replay(ledger, snapshots, manifest, start=start):
         entry = reached.entry
@@ -94,25 +94,26 @@ def _kind(entry: Entry) -> str:
 class _Chain:
     """What the receivers hold, frame by frame, by decoding alone."""
 
-    def __init__(self, ledger: Ledger, manifest: Manifest, rows: Sequence[FrameRow]) -> None:
+    def __init__(self, ledger: Ledger, manifest: Manifest, rows: Sequence[FrameRow], *, version: int) -> None:
+        """Of a replay that begins with this version. Compaction may have left older frames, of which nothing but what they make
+        can be checked, and frames without bodies before those."""
         self._ledger = ledger
         self._manifest = manifest
         self._rows = rows
         self._first = next(iter(ledger.starts()), 1)
+        later = [row for row in rows if row.number >= self._first]
+        self.due = [row for row in later if row.version >= version]
+        self._passed = {row.number: row for row in later if row.version < version}
         self._model: Vector | None = None
         self._frames: Iterator[ModelFrame] = iter(())
         self._log_bytes = 0
-
-    def is_due(self, row: FrameRow, *, version: int) -> bool:
-        """Whether replay from this version passes the frame; compaction may have left older ones without bodies."""
-        return row.number >= self._first and row.version >= version
 
     def check(self, row: FrameRow, version_model: Vector) -> None:
         """The next frame, which was made from this model."""
         if self._model is None:
             self._begin()
-        # Where the chain begins with a change, compaction took its body, and left what it made.
-        has_body = row.number != self._first or row.base is None
+        # Where the chain does not begin with frame 1, compaction took the body of the one that it begins with.
+        has_body = row.number != self._first or self._first == 1
         frame = self._next(row) if has_body else None
         held = self._model
         if held is None or digest(held) != row.digest:
@@ -124,6 +125,9 @@ class _Chain:
 
     def _next(self, row: FrameRow) -> ModelFrame:
         frame = self._body_of_first() if row.number == self._first else next(self._frames, None)
+        while frame is not None and frame.number in self._passed:
+            self._log_bytes = self._passed[frame.number].log_bytes
+            frame = next(self._frames, None)
         if frame is None:
             raise DamagedError(f"{self._ledger.name}: frame {row.number} has lost its body; restore it from a backup")
         if frame.number != row.number:

@@ -25,8 +25,9 @@ from broker_fl.errors import (
 _BUSY_TIMEOUT_S = 30
 _CREATIONS, _CREATION_PAUSE_S = 50, 0.1
 _CONNECT_TIMEOUT_S = 10
-_IDLE_TRANSACTION_MS = 20_000
-"""PostgreSQL ends a transaction whose client fell silent in the middle, as a frozen process does, and lets go of its locks."""
+_IDLE_TRANSACTION_MS = 60_000
+"""PostgreSQL ends a transaction whose client fell silent in the middle, as a frozen process does, and lets go of its locks. A
+leader that merges large updates is silent for seconds."""
 
 _GONE = ("08", "57P")
 """SQLSTATE classes: the connection failed; an administrator or a crash ended it, or the server is starting."""
@@ -43,7 +44,8 @@ def open_database(url: str, tables: MetaData) -> Engine:
 
     Raises ConfigurationError for a URL that is none or whose driver is not installed, StorageError.
     """
-    engine = _sqlite(url) if is_sqlite(url) else _server(url)
+    with _driver(url):
+        engine = _sqlite(url) if is_sqlite(url) else _server(url)
     try:
         with storage_errors(display_name(url)):
             _make_tables(engine, tables)
@@ -72,8 +74,9 @@ def _make_tables(engine: Engine, tables: MetaData) -> None:
 
 def open_for_reading(url: str) -> Engine:
     """A database that another process may be writing; its tables may not be there yet. SQLite: the file must be there."""
-    if not is_sqlite(url):
-        return _server(url)
+    with _driver(url):
+        if not is_sqlite(url):
+            return _server(url)
     address = f"file:{quote(make_url(url).database or '')}?mode=ro"
     return create_engine("sqlite://", creator=lambda: sqlite3.connect(address, uri=True), poolclass=StaticPool)
 
@@ -90,7 +93,10 @@ def is_sqlite(url: str) -> bool:
 def display_name(url: str) -> str:
     """A file's path, or a server's address without its password."""
     parsed = _parsed(url)
-    return parsed.database or url if parsed.get_backend_name() == "sqlite" else parsed.render_as_string()
+    if parsed.get_backend_name() == "sqlite":
+        return parsed.database or url
+    # The query may hold a password too.
+    return parsed.set(query={}).render_as_string()
 
 
 def _parsed(url: str) -> URL:
@@ -102,13 +108,15 @@ def _parsed(url: str) -> URL:
 
 
 def _server(url: str) -> Engine:
+    options = {"connect_timeout": _CONNECT_TIMEOUT_S, "options": f"-c idle_in_transaction_session_timeout={_IDLE_TRANSACTION_MS}"}
+    is_postgresql = _parsed(url).get_backend_name() == "postgresql"
+    return create_engine(url, poolclass=StaticPool, connect_args=options if is_postgresql else {}, hide_parameters=True)
+
+
+@contextmanager
+def _driver(url: str) -> Iterator[None]:
     try:
-        options = {
-            "connect_timeout": _CONNECT_TIMEOUT_S,
-            "options": f"-c idle_in_transaction_session_timeout={_IDLE_TRANSACTION_MS}",
-        }
-        is_postgresql = _parsed(url).get_backend_name() == "postgresql"
-        return create_engine(url, poolclass=StaticPool, connect_args=options if is_postgresql else {}, hide_parameters=True)
+        yield
     except (NoSuchModuleError, ModuleNotFoundError) as exc:
         raise ConfigurationError(
             f"{display_name(url)} needs a driver that is not installed ({exc}): pip install 'broker-fl[postgres]'"

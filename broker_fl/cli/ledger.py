@@ -52,7 +52,11 @@ def export(
             return
         try:
             with out.open("x", encoding="utf-8") as sink:
-                sink.writelines(f"{line}\n" for line in lines(found))
+                try:
+                    sink.writelines(f"{line}\n" for line in lines(found))
+                except BaseException:
+                    out.unlink()  # Half an export would be taken for a whole one.
+                    raise
         except FileExistsError as exc:
             raise ConfigurationError(f"{out} exists already: move it away first") from exc
         except OSError as exc:
@@ -62,7 +66,7 @@ def export(
 
 @app.command("compact")
 def compact(
-    keep: Annotated[int, typer.Option(min=0, help="Keep the payloads of at least so many of the newest entries.")],
+    keep: Annotated[int, typer.Option(min=0, help="Keep the payloads of so many of the newest entries.")],
     config: options.Config = None,
     state: options.State = None,
     ledger: options.Ledger = None,

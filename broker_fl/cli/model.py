@@ -47,7 +47,10 @@ def _show(listed: "list[Version]", *, last: int) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("version", "at", "frame", "held by workers", "snapshot", "remarks")
+    table = Table("version")
+    table.add_column("at (UTC)", no_wrap=True)
+    for column in ("frame", "its digest", "snapshot", "remarks"):
+        table.add_column(column)
     for version in listed[-last:]:
         gone = "rolled back" if version.is_rolled_back else ""
         back = "" if version.goes_back_to is None else f"back to {version.goes_back_to}"
@@ -127,7 +130,14 @@ def _write(ledger: "Ledger", state: "State", out: Path, *, without: str | None =
     from broker_fl.parameters import digest
 
     facts = ledger.facts()
-    about = {"federation": facts["federation"], "ledger": facts["ledger_id"], "version": str(state.version)}
+    about = {
+        "federation": facts["federation"],
+        "ledger": facts["ledger_id"],
+        "version": str(state.version),
+        "sha256": digest(state.model),
+        # The file has its tensors in another order; joined in this one, they have that digest.
+        "order": json.dumps([tensor.name for tensor in manifest_of_ledger(ledger).tensors]),
+    }
     if without is not None:
         about["without"] = without
     write_model(state.model, out, manifest=manifest_of_ledger(ledger), facts=about)

@@ -34,7 +34,7 @@ Ledger = Annotated[
     str | None,
     typer.Option(
         "--ledger",
-        help="postgresql+psycopg://user:password@host/database, if the ledger shall survive its machine; else SQLite in --state.",
+        help="A database URL, postgresql+psycopg://..., where the ledger must survive its machine; else SQLite in --state.",
         show_default=False,
     ),
 ]

@@ -273,9 +273,6 @@ def delivered(message, *, user, redelivered=False):
     )
 
 
-OVER_BOTH = pytest.mark.parametrize("bench", ["sqlite", "postgresql"], indirect=True)
-"""A test for ledgers in SQLite and in a real PostgreSQL."""
-
 PARTIES = ("ann", "bob", "cem")
 PATIENCE_S = 20.0
 """The bound of every wait."""
@@ -472,7 +469,7 @@ def ward(bench, broker):
 
 @pytest.fixture
 def bench(request, tmp_path):
-    """Its ledger is in SQLite, unless the test is marked with `OVER_BOTH`."""
+    """Its ledger is in SQLite, unless the test names another database by `indirect`."""
     database = getattr(request, "param", "sqlite")
     return Bench(tmp_path, url="" if database == "sqlite" else request.getfixturevalue("postgresql_url"))
 

@@ -1,4 +1,5 @@
 import struct
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import get_args
 
@@ -7,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from aggregator.admission import MAX_MAGNITUDE, Examined, Limits, Refused, Sender, admit, examine, identify
+from aggregator.admission import MAX_MAGNITUDE, Examined, Limits, Refused, RolledBack, Sender, admit, examine, identify
 from aggregator.merging.fold import Buffer, State
 from aggregator.merging.strategies import build_strategy
 from broker_fl.codecs.codec import encode, parse_codec
@@ -65,12 +66,18 @@ def _reason(found: object) -> str:
 
 
 def _admitted(
-    version: int, *, state: State | None = None, merging: MergingSettings | None = None, **changed: object
+    version: int,
+    *,
+    state: State | None = None,
+    merging: MergingSettings | None = None,
+    rolled_back: Sequence[RolledBack] = (),
+    **changed: object,
 ) -> Refused | None:
     examined = _examined(**changed)
     assert isinstance(examined, Examined), examined
     state = state or State(version, np.zeros(MANIFEST.size, np.float32))
-    return admit(examined, state, strategy=build_strategy(merging or MergingSettings()), frame_digests=DIGESTS)
+    strategy = build_strategy(merging or MergingSettings())
+    return admit(examined, state, strategy=strategy, frame_digests=DIGESTS, rolled_back=rolled_back)
 
 
 class TestWhoSentIt:
@@ -216,6 +223,24 @@ class TestAdmission:
     def test_an_update_that_is_too_stale_is_that_even_if_its_base_is_forgotten(self):
         assert _reason(_admitted(200, base_version=101, base_digest="0" * 64)) == "too_stale"
 
+    def test_an_update_from_a_version_that_was_taken_back_is_rolled_back(self):
+        # Version 9 went back to version 6: 7 and 8 count no more, 6 and 9 do.
+        gone = [RolledBack(to=6, by=9)]
+        for base_version, expected in ((6, None), (7, "rolled_back"), (8, "rolled_back"), (9, None)):
+            found = _admitted(12, rolled_back=gone, base_version=base_version, base_digest=DIGESTS[base_version])
+            assert (found.reason if found else None) == expected
+        assert "version 9 went back to 6" in _admitted(12, rolled_back=gone).detail
+
+    def test_an_update_from_a_version_that_was_taken_back_is_that_even_if_it_is_too_stale(self):
+        assert _reason(_admitted(90, rolled_back=[RolledBack(to=20, by=30), RolledBack(to=6, by=9)])) == "rolled_back"
+
+    def test_a_rollback_within_another_takes_all_versions_of_both_back(self):
+        gone = [RolledBack(to=6, by=9), RolledBack(to=2, by=12)]
+        for base_version in range(3, 12):
+            found = _admitted(15, rolled_back=gone, base_version=base_version, base_digest=DIGESTS[base_version])
+            assert _reason(found) == "rolled_back"
+        assert _admitted(15, rolled_back=gone, base_version=12, base_digest=DIGESTS[12]) is None
+
     def test_mixing_needs_the_base_itself(self):
         mixing = MergingSettings(mode="mixing")
         model = np.zeros(MANIFEST.size, np.float32)
@@ -253,6 +278,7 @@ def test_parts_that_cannot_be_are_the_one_reason_that_is_found_before_examinatio
         "non_finite",
         "bounds",
         "base",
+        "rolled_back",
         "too_stale",
         "repeated",
     }

@@ -10,7 +10,7 @@ from aggregator.spool import MAX_HALF_SENT
 from broker_fl.codecs.chain import whole_model
 from broker_fl.config import MergingSettings
 from broker_fl.errors import ConfigurationError, ManifestMismatchError
-from broker_fl.parameters import digest, manifest_of
+from broker_fl.parameters import digest, fingerprint, manifest_of
 from broker_fl.topology import Names
 from schemas import wire
 from schemas.frame import ModelFrame, TrainingPlan
@@ -315,7 +315,7 @@ def test_frame_says_what_the_receivers_hold_when_its_codec_loses_bits(bench, los
         bench.publish(coordinator)
         base = bench.frames()[-1]
         assert base.digest != base.model_digest
-        assert base.model_digest == coordinator.model_digest()
+        assert base.model_digest == fingerprint(coordinator._state.model)
         assert outcomes(decide(bench, coordinator, bench.update("bob", base=base))) == ["merged"]
 
 
@@ -605,7 +605,8 @@ def test_nothing_is_merged_after_the_last_frame(bench):
         coordinator.finish()
         assert decide(bench, coordinator, bench.update("bob", base=base)) == []
         assert coordinator.version == 1
-    assert bench.frames()[-1].model_digest == coordinator.model_digest()
+        model = fingerprint(coordinator._state.model)
+    assert bench.frames()[-1].model_digest == bench.entries()[-1].model_digest == model
 
 
 def test_finish_merges_the_buffer_and_comes_once(bench):
@@ -635,7 +636,7 @@ def test_federation_whose_goal_moved_goes_on_with_the_same_model(bench):
         decide(bench, coordinator, bench.update(base=bench.frames()[0]))
         coordinator.finish()
         coordinator.close()
-        model = coordinator.model_digest()
+        model = fingerprint(coordinator._state.model)
     with bench.opened(goal=Goal(versions=2)) as coordinator:
         assert not coordinator.is_over
         newest = bench.frames()[-1]
@@ -809,3 +810,37 @@ def test_snapshot_that_the_ledger_names_is_never_written_over(bench):
         with bench.opened(merging=FEDBUFF) as coordinator:
             coordinator.close()
     assert {file: file.stat().st_mtime_ns for file in (bench.folder / "snapshots").iterdir()} == files
+
+
+def test_snapshot_that_an_earlier_leader_did_not_live_to_name_is_removed(bench):
+    with bench.opened(snapshot_every_versions=1) as coordinator:
+        decide(bench, coordinator, bench.update(base=bench.frames()[0]))
+        named = {file.name for file in (bench.folder / "snapshots").iterdir()}
+        coordinator._write_snapshot(seq=9)
+        (unnamed,) = (file.name for file in (bench.folder / "snapshots").iterdir() if file.name not in named)
+        (bench.folder / "snapshots" / f"{unnamed.replace('s00000009', 's00000010')}.part").write_bytes(b"half of one")
+        others = bench.folder / "snapshots" / "model-00000000-v00000009-s00000009-e0001.safetensors"
+        others.write_bytes(b"of another ledger")
+    with bench.opened():
+        pass
+    assert {file.name for file in (bench.folder / "snapshots").iterdir()} == {*named, others.name}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "{stem}.safetensors.bak",
+        "{stem} (copy).safetensors",
+        "model-{ledger}-best.safetensors",
+        "best.safetensors",
+    ],
+)
+def test_copy_that_somebody_put_beside_the_snapshots_is_left_alone(bench, name):
+    with bench.opened():
+        pass
+    snapshot = bench.snapshot(0)
+    copy = snapshot.with_name(name.format(stem=snapshot.stem, ledger=snapshot.stem.split("-")[1]))
+    copy.write_bytes(snapshot.read_bytes())
+    with bench.opened():
+        pass
+    assert copy.exists()

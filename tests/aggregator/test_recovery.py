@@ -1,6 +1,5 @@
 """Version v = a snapshot + the ledger's updates after it, to the last bit, wherever the process was killed."""
 
-import sqlite3
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -124,6 +123,27 @@ def _recovered(bench):
         return recover(ledger, bench.snapshots(), manifest_of_ledger(ledger)).state
 
 
+BOTH = pytest.mark.parametrize("bench", ["sqlite", "postgresql"], indirect=True)
+
+
+@BOTH
+@pytest.mark.parametrize("merging", MERGING.values(), ids=MERGING.keys())
+@pytest.mark.parametrize("how", ["killed", "stopped"])
+def test_aggregator_goes_on_from_any_database_with_the_same_model(bench, merging, how):
+    rules = {"merging": merging, "down": "topk:0.1+int4", "snapshot_every_versions": 2, "every_versions": 1}
+    life = Life(bench, rules).begin()
+    for number in range(6):
+        life.do(("group", [("update", party, number % 2, "int8") for party in ("ann", "bob")]))
+        life.do(("publish",))
+        life.restart(how)
+    life.do(("again",))
+    life.end(how)
+    recovered, verified = _recovered(bench), _verified(bench)
+    assert recovered.version == verified.version == life.coordinator.version > 2
+    assert digest(recovered.model) == verified.model_digest == life.coordinator.model_digest()
+    assert _followed(bench) == bench.frames()[-1].digest
+
+
 @pytest.mark.parametrize("merging", MERGING.values(), ids=MERGING.keys())
 @settings(max_examples=5, deadline=None)
 @given(pace=PACES, steps=st.lists(st.tuples(STEPS, CRASHES), min_size=6, max_size=16))
@@ -214,7 +234,7 @@ def test_bases_are_made_from_the_first_frame_on_where_no_snapshot_has_one(bench)
         (verdict,) = coordinator.decide([bench.arrival(bench.update(base=base, seed=9))])
         assert verdict.receipt.outcome == "merged"
         live = coordinator.model_digest()
-    change_ledger(bench, "DELETE FROM snapshots WHERE version > 0")
+    bench.execute("DELETE FROM snapshots WHERE version > 0")
     assert digest(_recovered(bench).model) == live
     assert _verified(bench).model_digest == live
 
@@ -276,15 +296,16 @@ def test_start_from_a_damaged_snapshot_names_it_aloud_and_goes_back_to_an_older_
             coordinator.decide([bench.arrival(bench.update(base=bench.frames()[-1], seed=seed))])
             bench.publish(coordinator)
         live = coordinator.model_digest()
-    damage(bench.folder / "snapshots" / "model-v00000004-s00000005.safetensors")
+    newest, older = bench.snapshot(4), bench.snapshot(2)
+    damage(newest)
     with bench.coordinator(**rules) as coordinator:
         with capture_logs() as logs:
             coordinator.open(bench.initial)
         assert (coordinator.version, coordinator.model_digest()) == (4, live)
         coordinator.close()
     (line,) = [line for line in logs if line["log_level"] == "error"]
-    assert "model-v00000004-s00000005.safetensors" in line["reason"]
-    assert line["older"] == "model-v00000002-s00000003.safetensors"
+    assert newest.name in line["reason"]
+    assert line["older"] == older.name
     # The end of the run has put a whole one in its place.
     with capture_logs() as logs, bench.coordinator(**rules) as coordinator:
         coordinator.open(bench.initial)
@@ -297,7 +318,10 @@ def test_start_from_damaged_snapshots_alone_fails_and_names_the_newest(bench):
         coordinator.close()
     for file in (bench.folder / "snapshots").iterdir():
         _truncated(file)
-    with bench.coordinator() as coordinator, pytest.raises(DamagedError, match=r"model-v00000001-s00000002\.safetensors"):
+    with (
+        bench.coordinator() as coordinator,
+        pytest.raises(DamagedError, match=r"model-\w{8}-v00000001-s00000002-e0001\.safetensors"),
+    ):
         coordinator.open(bench.initial)
 
 
@@ -306,8 +330,8 @@ def test_older_snapshot_does_not_do_where_the_ledger_lost_an_entry_since(bench):
         (base,) = bench.frames()
         coordinator.decide([bench.arrival(bench.update(base=base, seed=seed)) for seed in range(3)])
         coordinator.close()
-    _missing(bench.folder / "snapshots" / "model-v00000003-s00000004.safetensors")
-    change_ledger(bench, "DELETE FROM entries WHERE seq = 2")
+    _missing(bench.snapshot(3))
+    bench.execute("DELETE FROM entries WHERE seq = 2")
     with bench.coordinator() as coordinator, pytest.raises(DamagedError, match="entry 2 is missing"):
         coordinator.open(bench.initial)
 
@@ -315,8 +339,8 @@ def test_older_snapshot_does_not_do_where_the_ledger_lost_an_entry_since(bench):
 @pytest.mark.parametrize(
     ("statement", "message"),
     [
-        ("DELETE FROM bodies WHERE kind = 'keyframe'", "lost its keyframe"),
-        ("UPDATE bodies SET body = zeroblob(length(body)) WHERE kind = 'keyframe'", "keyframe of frame 1 is damaged"),
+        ("DELETE FROM bodies WHERE kind IN ('keyframe', 'start')", "lost its keyframe"),
+        ("UPDATE bodies SET body = zeroblob(length(body)) WHERE kind IN ('keyframe', 'start')", "keyframe of frame 1 is damaged"),
         ("UPDATE bodies SET body = zeroblob(length(body)) WHERE kind = 'frame' AND number = 3", "body of frame 3 is damaged"),
         ("DELETE FROM bodies WHERE kind = 'frame' AND number = 3", "frame 3 has lost its body"),
         ("DELETE FROM bodies WHERE kind = 'frame' AND number = 4", "what its frame 4 says"),
@@ -329,8 +353,40 @@ def test_start_from_frames_that_are_damaged_fails_and_says_what_is(bench, statem
             coordinator.decide([bench.arrival(bench.update(base=bench.frames()[-1], seed=seed))])
             bench.publish(coordinator)
     assert [row.number for row in bench.frames()] == [1, 2, 3, 4]
-    change_ledger(bench, statement)
+    bench.execute(statement)
     with bench.coordinator() as coordinator, pytest.raises(DamagedError, match=message):
+        coordinator.open(bench.initial)
+
+
+def test_whole_model_that_the_frames_go_on_from_stands_for_a_keyframe_that_is_gone(bench):
+    with bench.opened(down="topk:0.1+int4") as coordinator:
+        coordinator.decide([bench.arrival(bench.update(base=bench.frames()[-1]))])
+        live = coordinator.model_digest()
+    bench.execute("DELETE FROM bodies WHERE kind = 'keyframe'")
+    with bench.opened(down="topk:0.1+int4") as coordinator:
+        assert coordinator.model_digest() == live
+        follower = bench.follower()
+        follower.take(coordinator.standing_alone())
+        assert follower.frame.digest == bench.frames()[-1].digest
+
+
+def test_start_from_a_ledger_whose_entry_changed_fails_and_names_it(bench):
+    with bench.opened() as coordinator:
+        (base,) = bench.frames()
+        for seed in range(3):
+            coordinator.decide([bench.arrival(bench.update(base=base, seed=seed))])
+    bench.execute("UPDATE entries SET num_samples = 11 WHERE seq = 3")
+    with bench.coordinator() as coordinator, pytest.raises(DamagedError, match="entry 3 is not what was written: its hash"):
+        coordinator.open(bench.initial)
+
+
+def test_start_from_a_ledger_whose_last_model_was_forged_fails_and_names_the_entry(bench):
+    with bench.opened() as coordinator:
+        (base,) = bench.frames()
+        for seed in range(3):
+            coordinator.decide([bench.arrival(bench.update(base=base, seed=seed))])
+    bench.forge("UPDATE entries SET model_digest = 'ab' || substr(model_digest, 3) WHERE seq = 4")
+    with bench.coordinator() as coordinator, pytest.raises(DamagedError, match="entry 4 says another model than replay makes"):
         coordinator.open(bench.initial)
 
 
@@ -339,9 +395,22 @@ def test_start_from_a_ledger_whose_payload_changed_fails_and_names_the_entry(ben
         (base,) = bench.frames()
         for seed in range(3):
             coordinator.decide([bench.arrival(bench.update(base=base, seed=seed))])
-    change_ledger(bench, "UPDATE entries SET payload = zeroblob(length(payload)) WHERE seq = 3")
+    bench.execute("UPDATE entries SET payload = zeroblob(length(payload)) WHERE seq = 3")
     with bench.coordinator() as coordinator, pytest.raises(DamagedError, match="payload of entry 3"):
         coordinator.open(bench.initial)
+
+
+@BOTH
+def test_loss_of_minus_zero_is_recorded_so_that_it_can_be_read_again(bench):
+    """A party may send any finite number; nobody may stop the aggregator."""
+    with bench.opened() as coordinator:
+        (base,) = bench.frames()
+        (verdict,) = coordinator.decide([bench.arrival(bench.update(base=base, train_loss=-0.0))])
+        assert verdict.receipt.outcome == "merged"
+        live = coordinator.model_digest()
+    with bench.coordinator() as coordinator:
+        coordinator.open(bench.initial)
+        assert coordinator.model_digest() == live
 
 
 def test_start_from_a_ledger_that_lost_an_entry_fails_and_names_it(bench):
@@ -349,7 +418,7 @@ def test_start_from_a_ledger_that_lost_an_entry_fails_and_names_it(bench):
         update = bench.update(base=bench.frames()[0], base_digest="0" * 64)
         coordinator.decide([bench.arrival(update)])
         coordinator.decide([bench.arrival(bench.update(base=bench.frames()[0]))])
-    change_ledger(bench, "DELETE FROM entries WHERE seq = 2")
+    bench.execute("DELETE FROM entries WHERE seq = 2")
     with bench.coordinator() as coordinator, pytest.raises(DamagedError, match="entry 2 is missing"):
         coordinator.open(bench.initial)
 
@@ -357,7 +426,7 @@ def test_start_from_a_ledger_that_lost_an_entry_fails_and_names_it(bench):
 def test_start_without_any_snapshot_in_the_ledger_fails(bench):
     with bench.opened():
         pass
-    change_ledger(bench, "DELETE FROM snapshots")
+    bench.execute("DELETE FROM snapshots")
     with bench.coordinator() as coordinator, pytest.raises(DamagedError, match="lost its snapshots"):
         coordinator.open(bench.initial)
 
@@ -384,12 +453,3 @@ def test_model_of_the_first_start_is_the_one_that_was_given(bench):
     with bench.opened():
         pass
     assert np.array_equal(_recovered(bench).model, bench.initial)
-
-
-def change_ledger(bench, statement):
-    connection = sqlite3.connect(bench.ledger_file)
-    try:
-        assert connection.execute(statement).rowcount >= 1
-        connection.commit()
-    finally:
-        connection.close()

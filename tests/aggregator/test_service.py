@@ -4,7 +4,9 @@ from contextlib import asynccontextmanager
 
 import numpy as np
 import pytest
+from structlog.testing import capture_logs
 
+from aggregator import service
 from aggregator.decisions import Goal
 from broker_fl.config import MergingSettings
 from broker_fl.errors import AccessRefusedError, BrokerUnavailableError, QueueInUseError, StorageFullError
@@ -22,7 +24,10 @@ class KilledError(Exception):
 
 
 class Watched:
-    """A transport that goes through `before(what, argument)` before it acknowledges ("ack") or publishes (the exchange)."""
+    """A transport that goes through `before(what, argument)` before it acknowledges updates ("ack") or publishes (the exchange).
+
+    Tokens of who leads are acknowledged too, and no update is.
+    """
 
     def __init__(self, transport, before):
         self._transport = transport
@@ -38,7 +43,7 @@ class Watched:
     @asynccontextmanager
     async def consume(self, queue, *, prefetch, name, exclusive=False):
         async with self._transport.consume(queue, prefetch=prefetch, name=name, exclusive=exclusive) as subscription:
-            yield WatchedSubscription(subscription, self._before)
+            yield WatchedSubscription(subscription, self._before) if queue.endswith(".updates") else subscription
 
 
 class WatchedSubscription:
@@ -468,6 +473,7 @@ async def test_headers_say_what_a_message_holds(ward):
     first, second = ward.bench.frames()
     assert announcement.headers == {
         "x-fl-kind": "announcement",
+        "x-fl-ledger": running.coordinator.ledger_id,
         "x-fl-version": 0,
         "x-fl-number": 1,
         "x-fl-digest": first.digest,
@@ -476,6 +482,7 @@ async def test_headers_say_what_a_message_holds(ward):
         "x-fl-bytes": len(announcement.body),
     }
     assert delta.headers == {
+        "x-fl-ledger": running.coordinator.ledger_id,
         "x-fl-kind": "delta",
         "x-fl-version": 1,
         "x-fl-number": 2,
@@ -627,7 +634,7 @@ def _evaluated(ward, frame, *, accuracy):
 
 
 async def test_time_that_is_over_ends_the_federation(ward):
-    async with ward.running(seconds=0.05) as running, ward.party() as ann:
+    async with ward.running(seconds=1.0) as running, ward.party() as ann:
         assert [frame.over for frame in await ann.frames_until(lambda frame: frame.over)][-1]
         await running.ended()
 
@@ -756,7 +763,7 @@ async def test_federation_that_ends_while_the_broker_is_away_waits_for_it_withou
         async with ward.broker.connect(name) as transport:
             yield transport
 
-    async with ward.running(connect=connect, seconds=0.1) as running:
+    async with ward.running(connect=connect, seconds=1.0) as running:
         async with ward.party() as ann:
             await ann.frame()
         ward.broker.stop()
@@ -815,12 +822,53 @@ async def test_failed_decision_ends_it_though_the_broker_was_lost_at_the_same_mo
         assert {receipt.outcome for receipt in await ann.receipts(20)} == {"merged"}
 
 
-async def test_second_aggregator_of_a_federation_is_refused(ward):
-    async with ward.running(), ward.party() as ann:
-        await ann.frame()
-        with pytest.RaisesGroup(QueueInUseError, flatten_subgroups=True, allow_unwrapped=True):
-            async with ward.running() as second:
+async def test_second_aggregator_with_another_ledger_is_refused(ward, new_bench, monkeypatch):
+    monkeypatch.setattr(service, "_LOOK_WHO_LEADS_S", 0.05)
+    elsewhere = type(ward)(new_bench(), ward.broker)
+    async with ward.running() as first, ward.party() as ann:
+        base = (await ann.frame()).frame
+        with pytest.RaisesGroup(
+            pytest.RaisesExc(QueueInUseError, match="another aggregator, with another ledger, is at work on federation 'ward'"),
+            flatten_subgroups=True,
+            allow_unwrapped=True,
+        ):
+            async with elsewhere.running() as second:
                 await second.ended()
+        # It has changed nothing, and the first one goes on.
+        assert elsewhere.bench.frames() == []
+        await ann.send(base)
+        assert (await ann.receipt()).outcome == "merged"
+    assert first.coordinator.version == 1
+
+
+async def test_second_aggregator_with_the_same_ledger_stands_by_and_goes_on_where_the_first_ended(ward, monkeypatch):
+    monkeypatch.setattr(service, "_LOOK_WHO_LEADS_S", 0.05)
+    async with ward.party() as ann:
+        with capture_logs() as logs:
+            async with ward.running() as first:
+                base = (await ann.frame()).frame
+                async with ward.running() as second:
+                    await ward.until(lambda: any("standing by: another aggregator leads" in line["event"] for line in logs))
+                    await ann.send(base)
+                    assert (await ann.receipt()).version == 1
+                    first.service.stop()
+                    await first.ended()
+                    update = await ann.send(base)
+                    receipt = await ann.receipt()
+                    assert (receipt.update_id, receipt.outcome, receipt.version) == (update.update_id, "merged", 2)
+                    await ward.until(lambda: not ward.queued())
+        assert (first.coordinator.version, second.coordinator.version) == (1, 2)
+    assert [entry.version for entry in ward.merged()] == [1, 2]
+
+
+async def test_aggregator_that_stands_by_ends_when_it_is_stopped(ward):
+    async with ward.running(), ward.party() as ann:
+        base = (await ann.frame()).frame
+        async with ward.running() as second:
+            second.service.stop()
+            await second.ended()
+        await ann.send(base)
+        assert (await ann.receipt()).outcome == "merged"
 
 
 # Events

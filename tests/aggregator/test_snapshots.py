@@ -114,7 +114,7 @@ def _one_bit_off(file):
 def test_damaged_snapshot_is_named(snapshots, tmp_path, damage):
     stored = snapshots.write(full_state(), seq=9, ledger="ab" * 16, epoch=3)
     damage(tmp_path / stored.file)
-    with pytest.raises(DamagedError, match=r"model-v00000007-s00000009\.safetensors.*restore it from a backup"):
+    with pytest.raises(DamagedError, match=r"model-abababab-v00000007-s00000009-e0003\.safetensors.*restore it from a backup"):
         snapshots.read(stored)
 
 
@@ -128,13 +128,13 @@ def test_snapshot_in_the_place_of_a_folder_is_a_storage_error(snapshots, tmp_pat
     stored = snapshots.write(full_state(), seq=9, ledger="ab" * 16, epoch=3)
     (tmp_path / stored.file).unlink()
     (tmp_path / stored.file).mkdir()
-    with pytest.raises(StorageError, match=r"model-v00000007"):
+    with pytest.raises(StorageError, match=r"model-abababab-v00000007"):
         snapshots.read(stored)
 
 
 def test_folder_that_cannot_be_written_is_a_storage_error_that_names_the_file(tmp_path):
     (tmp_path / "file").write_text("no folder")
-    with pytest.raises(StorageError, match=r"file/model-v00000007-s00000009\.safetensors"):
+    with pytest.raises(StorageError, match=r"file/model-abababab-v00000007-s00000009-e0003\.safetensors"):
         Snapshots(str(tmp_path / "file"), MANIFEST).write(full_state(), seq=9, ledger="ab" * 16, epoch=3)
 
 
@@ -146,7 +146,7 @@ def test_url_of_fsspec_is_written_and_read():
         assert_same(snapshots.read(stored), full_state())
         with fsspec.open(f"{root}/{stored.file}", "wb") as file:
             file.write(b"something else")
-        with pytest.raises(DamagedError, match=r"memory://federation/snapshots/model-v00000007"):
+        with pytest.raises(DamagedError, match=r"memory://federation/snapshots/model-abababab-v00000007"):
             snapshots.read(stored)
     finally:
         fsspec.filesystem("memory").rm("/federation", recursive=True)

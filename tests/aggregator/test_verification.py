@@ -2,28 +2,21 @@ import sqlite3
 
 import pytest
 
+from aggregator.admission import payload_digest
 from aggregator.ledger import open_ledger_for_reading
 from aggregator.recovery import manifest_of_ledger
 from aggregator.verification import verify
 from broker_fl.config import MergingSettings
-from broker_fl.database import sqlite_url
 from broker_fl.errors import ConfigurationError, DamagedError
 from schemas import wire
 from schemas.frame import ModelFrame
 
+BOTH = pytest.mark.parametrize("bench", ["sqlite", "postgresql"], indirect=True)
+
 
 def _verify(bench):
-    with open_ledger_for_reading(sqlite_url(bench.ledger_file)) as ledger:
+    with open_ledger_for_reading(bench.url) as ledger:
         return verify(ledger, bench.snapshots())
-
-
-def _change(bench, statement):
-    connection = sqlite3.connect(bench.ledger_file)
-    try:
-        assert connection.execute(statement).rowcount >= 1
-        connection.commit()
-    finally:
-        connection.close()
 
 
 @pytest.fixture
@@ -41,6 +34,7 @@ def life(bench):
     return bench
 
 
+@BOTH
 def test_honest_ledger_is_verified_and_counted(life):
     found = _verify(life)
     assert (found.entries, found.merged, found.buffered, found.refused) == (8, 6, 0, 1)
@@ -48,6 +42,7 @@ def test_honest_ledger_is_verified_and_counted(life):
     assert found.model_digest == life.model
 
 
+@BOTH
 def test_ledger_is_verified_while_its_aggregator_works(bench):
     with bench.opened() as coordinator:
         (base,) = bench.frames()
@@ -56,6 +51,7 @@ def test_ledger_is_verified_while_its_aggregator_works(bench):
             assert _verify(bench).model_digest == coordinator.model_digest()
 
 
+@BOTH
 def test_flushes_buffers_and_changes_of_strategy_are_verified(bench):
     with bench.opened(merging=MergingSettings(strategy="fedbuff", buffer_size=2)) as coordinator:
         (base,) = bench.frames()
@@ -71,12 +67,13 @@ def test_flushes_buffers_and_changes_of_strategy_are_verified(bench):
     assert found.model_digest == model
 
 
+@BOTH
 def test_lost_body_is_named_where_replay_needs_the_frames_as_bases(bench):
     with bench.opened(merging=MergingSettings(mode="mixing")) as coordinator:
         for seed in range(2):
             coordinator.decide([bench.arrival(bench.update(base=bench.frames()[-1], seed=seed))])
             bench.publish(coordinator)
-    _change(bench, "DELETE FROM bodies WHERE kind = 'frame' AND number = 3")
+    bench.execute("DELETE FROM bodies WHERE kind = 'frame' AND number = 3")
     with pytest.raises(DamagedError, match="frame 3 has lost its body"):
         _verify(bench)
 
@@ -99,15 +96,24 @@ def test_ledger_that_is_not_there_is_named(bench):
         ("UPDATE entries SET payload = substr(payload, 1, 100) WHERE seq = 4", "payload of entry 4"),
         ("UPDATE entries SET payload = NULL WHERE seq = 4", "entry 4 lacks what was merged"),
         ("UPDATE entries SET payload = zeroblob(length(payload)) WHERE seq = 8", "payload of entry 8"),
-        ("UPDATE entries SET weight = 0.5 WHERE seq = 4", "entry 4 was not merged as it says"),
-        ("UPDATE entries SET base_version = 1 WHERE seq = 4", "entry 4 was not merged as it says"),
-        ("UPDATE entries SET version = 9 WHERE seq = 4", "entry 4 should make version 9"),
+        ("UPDATE entries SET weight = 0.5 WHERE seq = 4", "entry 4 is not what was written: its hash differs"),
+        ("UPDATE entries SET base_version = 1 WHERE seq = 4", "entry 4 is not what was written: its hash differs"),
+        ("UPDATE entries SET version = 9 WHERE seq = 4", "entry 4 is not what was written: its hash differs"),
+        ("UPDATE entries SET party = 'bob' WHERE seq = 2", "entry 2 is not what was written: its hash differs"),
+        ("UPDATE entries SET at = at + 1 WHERE seq = 2", "entry 2 is not what was written: its hash differs"),
+        ("UPDATE entries SET detail = 'no' WHERE seq = 5", "entry 5 is not what was written: its hash differs"),
+        ("UPDATE entries SET model_digest = 'ab' || substr(model_digest, 3) WHERE seq = 8", "entry 8 is not what was written"),
+        ("UPDATE entries SET chain = 'ab' || substr(chain, 3) WHERE seq = 1", "entry 1 is not what was written"),
+        ("UPDATE entries SET chain = 'ab' || substr(chain, 3) WHERE seq = 8", "entry 8 is not what was written"),
+        ("UPDATE meta SET value = 'war' WHERE key = 'federation'", "entry 1 is not what was written"),
+        ("UPDATE meta SET value = 'ab' || substr(value, 3) WHERE key = 'ledger_id'", "entry 1 is not what was written"),
         ("DELETE FROM entries WHERE seq = 4", "entry 4 is missing"),
         ("DELETE FROM entries WHERE seq = 5", "entry 5 is missing"),
-        ("DELETE FROM entries WHERE seq = 8", r"frame 4 is of version 6|snapshot model-v00000006.* which is missing"),
+        ("DELETE FROM entries WHERE seq = 8", r"frame 4 is of version 6|snapshot model-\w{8}-v00000006.* which is missing"),
         ("UPDATE frames SET digest = 'ab' || substr(digest, 3) WHERE number = 3", "frame 3"),
-        ("UPDATE frames SET model_digest = 'ab' || substr(model_digest, 3) WHERE number = 3", "version 4"),
-        ("UPDATE frames SET version = 5 WHERE number = 3", "version 5"),
+        ("UPDATE frames SET model_digest = 'ab' || substr(model_digest, 3) WHERE number = 3", "frame 3 was made from another"),
+        ("UPDATE frames SET version = 5 WHERE number = 3", "frame 3 was made from another model than its version has"),
+        ("UPDATE frames SET version = 7 WHERE number = 4", "frame 4 is of version 7, which replay never made"),
         ("UPDATE frames SET base = 1 WHERE number = 3", "body of frame 3 says something else than its row"),
         ("UPDATE frames SET over = 1 WHERE number = 3", "body of frame 3 says something else than its row"),
         ("UPDATE frames SET rounding = NULL WHERE number = 3", "body of frame 3 says something else than its row"),
@@ -121,14 +127,83 @@ def test_ledger_that_is_not_there_is_named(bench):
         ("UPDATE bodies SET body = zeroblob(length(body)) WHERE kind = 'frame' AND number = 1", "body of frame 1 is damaged"),
         ("UPDATE bodies SET body = zeroblob(length(body)) WHERE kind = 'frame' AND number = 3", "body of frame 3 is damaged"),
         ("UPDATE bodies SET body = zeroblob(length(body)) WHERE kind = 'keyframe'", "keyframe of frame 3 is damaged"),
-        ("UPDATE snapshots SET sha256 = 'ab' || substr(sha256, 3) WHERE version = 3", r"model-v00000003-s00000004\.safetensors"),
-        ("UPDATE snapshots SET seq = 3 WHERE version = 3", r"snapshot model-v00000003-s00000004\.safetensors"),
+        (
+            "UPDATE snapshots SET sha256 = 'ab' || substr(sha256, 3) WHERE version = 3",
+            r"model-\w{8}-v00000003-s00000004-e0001\.safetensors",
+        ),
+        (
+            "UPDATE snapshots SET seq = 3 WHERE version = 3",
+            r"snapshot model-\w{8}-v00000003-s00000004-e0001\.safetensors",
+        ),
     ],
 )
 def test_ledger_that_was_changed_is_found_out(life, statement, message):
-    _change(life, statement)
+    life.execute(statement)
     with pytest.raises(DamagedError, match=message):
         _verify(life)
+
+
+@pytest.mark.parametrize(
+    ("statement", "message"),
+    [
+        ("UPDATE entries SET weight = 0.5 WHERE seq = 4", "entry 4 was not merged as it says"),
+        ("UPDATE entries SET staleness = 5 WHERE seq = 4", "entry 4 was not merged as it says"),
+        ("UPDATE entries SET outcome = 'buffered' WHERE seq = 4", "entry 4 was not merged as it says"),
+        ("UPDATE entries SET base_version = 1 WHERE seq = 4", "entry 4 was not merged as it says"),
+        ("UPDATE entries SET base_version = NULL WHERE seq = 4", "entry 4 lacks what was merged"),
+        ("UPDATE entries SET codec = 'int3' WHERE seq = 4", "payload of entry 4 is damaged"),
+        ("UPDATE entries SET version = 9 WHERE seq = 4", "entry 4 should make version 9, not 3"),
+        ("UPDATE entries SET outcome = 'refused' WHERE seq = 4", "entry 4 should make version 3, not 2"),
+        ("UPDATE entries SET outcome = 'refused' WHERE seq = 8", "entry 8 should make version 6, not 5"),
+        ("UPDATE entries SET model_digest = 'ab' || substr(model_digest, 3) WHERE seq = 1", "entry 1 says another model than"),
+        ("UPDATE entries SET model_digest = 'ab' || substr(model_digest, 3) WHERE seq = 4", "entry 4 says another model than"),
+        (
+            "UPDATE entries SET model_digest = 'ab' || substr(model_digest, 3) WHERE seq = 5",
+            "entry 5 says another model than the entry before it, and changed none",
+        ),
+        ("UPDATE entries SET payload_digest = 'ab' || substr(payload_digest, 3) WHERE seq = 4", "payload of entry 4 differs"),
+    ],
+)
+def test_ledger_that_was_changed_with_its_hash_chain_is_found_out_where_replay_makes_something_else(life, statement, message):
+    life.forge(statement)
+    with pytest.raises(DamagedError, match=message):
+        _verify(life)
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE entries SET train_loss = 0.1 WHERE seq = 4",
+        "UPDATE entries SET party = 'bob' WHERE seq = 4",
+        "UPDATE entries SET at = at + 1 WHERE seq = 8",
+    ],
+)
+def test_chain_tells_whoever_noted_it_down_what_replay_cannot(life, statement):
+    before = _verify(life)
+    life.forge(statement)
+    after = _verify(life)
+    assert after.model_digest == before.model_digest
+    assert after.chain != before.chain
+
+
+def test_payload_that_was_forged_with_its_digest_and_chain_is_found_out_by_the_model(life):
+    payload = next(entry.payload for entry in life.entries() if entry.seq == 4)
+    other = payload_digest(bytes(len(payload)))
+    life.forge(f"UPDATE entries SET payload = zeroblob({len(payload)}), payload_digest = '{other}' WHERE seq = 4")
+    with pytest.raises(DamagedError, match="entry 4 says another model than replay makes of version 3"):
+        _verify(life)
+
+
+def test_chain_of_the_last_entry_is_what_verification_gives(life):
+    assert _verify(life).chain == life.entries()[-1].chain
+
+
+def test_keyframe_beside_the_whole_model_of_the_same_frame_is_verified_too(bench):
+    with bench.opened():
+        pass
+    bench.execute("UPDATE bodies SET body = zeroblob(length(body)) WHERE kind = 'keyframe' AND number = 1")
+    with pytest.raises(DamagedError, match="keyframe of frame 1 is damaged"):
+        _verify(bench)
 
 
 @pytest.mark.parametrize(
@@ -166,25 +241,22 @@ def test_body_that_can_be_read_and_is_not_what_was_sent_is_named(life, kind, num
 
 
 def test_snapshot_file_that_was_swapped_for_another_is_found_out(life):
-    folder = life.folder / "snapshots"
-    (folder / "model-v00000003-s00000004.safetensors").write_bytes(
-        (folder / "model-v00000006-s00000008.safetensors").read_bytes()
-    )
-    with pytest.raises(DamagedError, match=r"model-v00000003-s00000004\.safetensors is damaged"):
+    life.snapshot(3).write_bytes(life.snapshot(6).read_bytes())
+    with pytest.raises(DamagedError, match=f"{life.snapshot(3).name} is damaged"):
         _verify(life)
 
 
 def test_snapshot_that_was_swapped_with_its_row_is_found_out(life):
-    _change(
-        life,
+    life.execute(
         "UPDATE snapshots SET file = (SELECT file FROM snapshots WHERE version = 6), "
         "sha256 = (SELECT sha256 FROM snapshots WHERE version = 6) WHERE version = 3",
     )
-    with pytest.raises(DamagedError, match=r"model-v00000006-s00000008\.safetensors"):
+    with pytest.raises(DamagedError, match=f"snapshot {life.snapshot(6).name} is not of version 3"):
         _verify(life)
 
 
 def test_missing_snapshot_is_named_though_the_newest_would_do(life):
-    (life.folder / "snapshots" / "model-v00000003-s00000004.safetensors").unlink()
-    with pytest.raises(DamagedError, match=r"model-v00000003-s00000004\.safetensors is missing"):
+    missing = life.snapshot(3)
+    missing.unlink()
+    with pytest.raises(DamagedError, match=f"{missing.name} is missing"):
         _verify(life)

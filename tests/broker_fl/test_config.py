@@ -45,6 +45,26 @@ def test_the_environment_wins_over_the_file_and_flags_over_both(tmp_path):
     assert loaded.max_staleness == MergingSettings().max_staleness
 
 
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf"])
+def test_an_update_is_sent_again_after_some_time(seconds):
+    assert Settings().worker.resend_after_s == 120.0
+    assert _loaded(BROKER_FL_WORKER__RESEND_AFTER_S="0.5").worker.resend_after_s == 0.5
+    with pytest.raises(ConfigurationError, match="resend_after_s"):
+        _loaded(BROKER_FL_WORKER__RESEND_AFTER_S=seconds)
+
+
+def test_the_url_of_a_ledger_is_a_secret():
+    loaded = _loaded(BROKER_FL_AGGREGATOR__LEDGER="postgresql+psycopg://user:hidden@host/database")
+    assert loaded.aggregator.ledger.get_secret_value() == "postgresql+psycopg://user:hidden@host/database"
+    assert "hidden" not in f"{loaded!r} {loaded} {loaded.model_dump_json()}"
+    assert Settings().aggregator.ledger is None
+
+
+@pytest.mark.parametrize("name", ["BROKER_FL_RABBITMQ_SERVER", "BROKER_FL_POSTGRESQL_BIN", "BROKER_FL_FAILPOINTS"])
+def test_variables_that_are_no_settings_are_no_mistakes(name):
+    assert _loaded(**{name: "anything"}) == Settings()
+
+
 def test_later_files_win_over_earlier_ones(tmp_path):
     first = _file(tmp_path, '[worker]\nparty = "a"\nthreads = 1\n[task]\nname = "npz"\n', "first.toml")
     second = _file(tmp_path, '[worker]\nparty = "b"\n', "second.toml")

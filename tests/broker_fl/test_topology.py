@@ -2,7 +2,7 @@ import re
 
 import pytest
 
-from broker_fl.topology import Names, party, party_permissions, policies, shared
+from broker_fl.topology import Names, leadership, party, party_permissions, policies, shared
 
 NAMES = Names("hospitals")
 
@@ -12,12 +12,14 @@ def _allowed(expression: str, name: str) -> bool:
     return re.search(expression, name) is not None
 
 
+def _parts():
+    return shared("hospitals"), party("hospitals", "b"), leadership("hospitals")
+
+
 def _everything() -> list[str]:
-    topology = shared("hospitals")
-    own = party("hospitals", "b")
     return [
-        *(exchange.name for exchange in (*topology.exchanges, *own.exchanges)),
-        *(queue.name for queue in (*topology.queues, *own.queues)),
+        *(exchange.name for topology in _parts() for exchange in topology.exchanges),
+        *(queue.name for topology in _parts() for queue in topology.queues),
         "",
         "amq.default",
         "amq.topic",
@@ -25,18 +27,32 @@ def _everything() -> list[str]:
 
 
 def test_everything_of_a_federation_begins_with_its_name():
-    topology, own = shared("hospitals"), party("hospitals", "a")
-    for thing in (*topology.exchanges, *topology.queues, *own.exchanges, *own.queues):
-        assert thing.name.startswith("fl.hospitals.")
+    for topology in _parts():
+        for thing in (*topology.exchanges, *topology.queues):
+            assert thing.name.startswith("fl.hospitals.")
 
 
 def test_bindings_join_only_what_is_declared():
-    topology, own = shared("hospitals"), party("hospitals", "a")
-    exchanges = {exchange.name for exchange in (*topology.exchanges, *own.exchanges)}
-    queues = {queue.name for queue in (*topology.queues, *own.queues)}
-    for binding in (*topology.bindings, *own.bindings):
-        assert binding.exchange in exchanges
-        assert binding.queue in queues
+    exchanges = {exchange.name for topology in _parts() for exchange in topology.exchanges}
+    queues = {queue.name for topology in _parts() for queue in topology.queues}
+    for topology in _parts():
+        for binding in topology.bindings:
+            assert binding.exchange in exchanges
+            assert binding.queue in queues
+
+
+def test_who_leads_is_a_message_in_a_quorum_queue_that_one_consumer_at_a_time_gets():
+    """It is declared alone, by aggregators that do not lead yet; and outlives them, and the broker."""
+    topology = leadership("hospitals")
+    (exchange,), (queue,), (binding,) = topology.exchanges, topology.queues, topology.bindings
+    assert (exchange.name, exchange.kind) == (NAMES.leader, "fanout")
+    assert queue.name == NAMES.leader
+    assert queue.all_arguments() == {"x-queue-type": "quorum", "x-single-active-consumer": True}
+    assert (binding.exchange, binding.queue) == (NAMES.leader, NAMES.leader)
+
+
+def test_no_policy_drops_or_expires_who_leads():
+    assert not any(_allowed(policy.pattern, NAMES.leader) for policy in policies("hospitals", model_bytes=1000))
 
 
 def test_updates_wait_in_a_quorum_queue_with_one_consumer_and_a_way_out_for_what_nobody_takes():
@@ -103,6 +119,7 @@ def test_each_policy_holds_for_the_queues_that_it_is_named_after(federation):
         "keyframes.log": names.keyframe_log,
         "quarantine": names.quarantine,
         "inbox": names.inbox("a"),
+        "leader": names.leader,
     }
     for policy in policies(federation, model_bytes=1000):
         held = {name for name in [*queues.values(), *(f"x{name}" for name in queues.values())] if _allowed(policy.pattern, name)}

@@ -2,7 +2,7 @@
 
 import asyncio
 import itertools
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
 import pytest
@@ -95,6 +95,36 @@ async def test_binding_of_what_is_not_there_is_not_found(broker, binding: Bindin
         await transport.declare(FANOUT)
         with pytest.raises(NotFoundError, match="nowhere"):
             await transport.declare(Topology(bindings=(binding,)))
+
+
+async def test_queue_is_there_from_its_declaration_to_its_deletion(broker):
+    async with broker.connect() as transport, broker.connect() as other:
+        assert not await transport.has_queue("q")
+        await transport.declare(FANOUT)
+        await transport.declare(LOG)
+        for asking in (transport, other):
+            assert await asking.has_queue("q")
+            assert await asking.has_queue("log")
+            assert not await asking.has_queue("x")
+            assert not await asking.has_queue("Q")
+        await broker.delete_queue("q")
+        assert not await other.has_queue("q")
+        await transport.declare(FANOUT)
+        assert await other.has_queue("q")
+
+
+async def test_asking_for_a_queue_harms_nothing(broker):
+    async with broker.connect() as transport:
+        await transport.declare(SINGLE)
+        await publish(transport, b"1")
+        async with transport.consume("q", prefetch=5, name="c") as subscription:
+            for _ in range(20):
+                assert await transport.has_queue("q")
+                assert not await transport.has_queue("nowhere")
+            (held,) = await take(subscription, 1)
+            await subscription.acknowledge(held.tag)
+            await publish(transport, b"2")
+            assert bodies(await take(subscription, 1)) == [b"2"]
 
 
 # Routing
@@ -432,6 +462,51 @@ async def test_standby_takes_over_when_the_active_consumer_closes(broker):
     assert (new.body, new.redelivered) == (b"3", False)
 
 
+async def test_standby_gets_what_the_active_consumer_kept_when_its_connection_is_cut(broker):
+    """What leadership rests on: a message that is kept and never acknowledged is one consumer's at a time, and never lost."""
+    async with broker.connect("victim") as one, broker.connect("second") as other, broker.connect("third") as third:
+        await one.declare(SINGLE)
+        await publish(one, b"token")
+        async with one.consume("q", prefetch=2, name="active") as active:
+            (held,) = await take(active, 1)
+            async with (
+                other.consume("q", prefetch=2, name="standby") as standby,
+                third.consume("q", prefetch=2, name="late") as late,
+            ):
+                assert standby.receive_nowait() is late.receive_nowait() is None
+                waiting = asyncio.create_task(standby.receive())
+                await broker.cut(one, name="victim")
+                async with patience():
+                    taken = await waiting
+                assert (taken.body, taken.redelivered) == (b"token", True)
+                with pytest.raises(BrokerUnavailableError):
+                    await active.acknowledge(held.tag)
+                assert late.receive_nowait() is None
+            # In order this time.
+            async with third.consume("q", prefetch=2, name="last") as last:
+                assert bodies(await take(last, 1)) == [b"token"]
+
+
+async def test_kept_message_is_replaced_by_a_newer_one_and_nobody_else_gets_either(broker):
+    """How a leader renews its token: RabbitMQ closes the channel of who keeps one message for too long."""
+    async with broker.connect("first") as one, broker.connect("second") as other:
+        await one.declare(SINGLE)
+        await publish(one, b"1")
+        async with one.consume("q", prefetch=2, name="active") as active:
+            (held,) = await take(active, 1)
+            async with other.consume("q", prefetch=2, name="standby") as standby:
+                for text in (b"2", b"3", b"4"):
+                    await publish(other, text)
+                    (newer,) = await take(active, 1)
+                    assert newer.body == text
+                    await active.acknowledge(held.tag)
+                    held = newer
+                assert standby.receive_nowait() is None
+        async with other.consume("q", prefetch=2, name="next") as following:
+            assert [(found.body, found.redelivered) for found in await take(following, 1)] == [(b"4", True)]
+            assert following.receive_nowait() is None
+
+
 async def test_queue_held_alone_is_in_use_until_its_holder_closes(broker):
     async with broker.connect("first") as one, broker.connect("second") as other:
         await one.declare(CLASSIC)
@@ -523,19 +598,12 @@ async def test_lost_connection_is_unavailable_everywhere_and_all_that_it_held_is
         await transport.declare(CLASSIC)
         await transport.declare(LOG)
         await publish(transport, b"1")
-    was_lost = False
-    # Letting go of a name may fail where the connection is lost.
-    with suppress(BrokerUnavailableError):
-        async with broker.connect("victim") as victim, victim.hold("name"):
-            await lose(broker, victim)
-            await broker.restart()
-            async with broker.connect() as other:
-                await until(lambda: is_free("name", other))
-                async with other.consume("q", prefetch=5, name="c") as subscription:
-                    (again,) = await take(subscription, 1)
-                assert (again.body, again.redelivered) == (b"1", True)
-            was_lost = True
-    assert was_lost
+    async with broker.connect("victim") as victim:
+        await lose(broker, victim)
+        await broker.restart()
+        async with broker.connect() as other, other.consume("q", prefetch=5, name="c") as subscription:
+            (again,) = await take(subscription, 1)
+            assert (again.body, again.redelivered) == (b"1", True)
 
 
 async def lose(broker: BrokerUnderTest, victim: Transport) -> None:
@@ -558,25 +626,23 @@ async def lose(broker: BrokerUnderTest, victim: Transport) -> None:
         assert [type(outcome) for outcome in outcomes] == [BrokerUnavailableError] * 3
         with pytest.raises(BrokerUnavailableError):
             subscription.receive_nowait()
-        for trying in (take(subscription, 1), subscription.acknowledge(held.tag), publish(victim, b"2"), victim.declare(FANOUT)):
+        for trying in (
+            take(subscription, 1),
+            subscription.acknowledge(held.tag),
+            publish(victim, b"2"),
+            victim.declare(FANOUT),
+            victim.has_queue("q"),
+        ):
             with pytest.raises(BrokerUnavailableError):
                 await trying
         for opening in (
             victim.consume("q", prefetch=1, name="c"),
             victim.follow("log", start="first", name="c"),
             victim.listen("x", name="c"),
-            victim.hold("another name"),
         ):
             with pytest.raises(BrokerUnavailableError):
                 async with opening:
                     pass
-
-
-async def is_free(name: str, transport: Transport) -> bool:
-    with suppress(QueueInUseError):
-        async with transport.hold(name):
-            return True
-    return False
 
 
 async def test_queue_deleted_under_its_consumer_is_unavailable(broker):
@@ -609,26 +675,6 @@ async def test_log_closed_while_its_messages_come_harms_nothing_else(broker):
             assert bodies(await take(other, 1)) == [b"new"]
 
 
-async def test_name_is_held_by_one_until_it_lets_go(broker):
-    async with broker.connect("first") as one, broker.connect("second") as other:
-        async with one.hold("aggregator"):
-            with pytest.raises(QueueInUseError, match="aggregator"):
-                async with other.hold("aggregator"):
-                    pass
-            async with other.hold("another name"):
-                pass
-        async with other.hold("aggregator"):
-            pass
-
-
-async def test_name_is_free_again_when_its_holder_fails_or_its_connection_is_gone(broker):
-    with pytest.raises(ZeroDivisionError):
-        async with broker.connect("first") as one, one.hold("aggregator"):
-            raise ZeroDivisionError
-    async with broker.connect("second") as other, other.hold("aggregator"):
-        pass
-
-
 async def test_unknown_user_is_an_authentication_error(broker):
     with pytest.raises(AuthenticationError, match="nobody"):
         async with broker.connect(user="nobody"):
@@ -651,6 +697,7 @@ async def parties(broker) -> Enrolled:
     enrolled = Enrolled(await broker.add_party("digits"), await broker.add_party("digits"))
     async with broker.connect() as admin:
         await admin.declare(topology.shared("digits"))
+        await admin.declare(topology.leadership("digits"))
         for name in (enrolled.alice, enrolled.bob):
             await admin.declare(topology.party("digits", name))
             await publish(admin, b"receipt", exchange=NAMES.receipts, routing_key=name)
@@ -684,7 +731,7 @@ async def test_party_sends_up_and_reads_the_log_and_its_inbox(broker, parties):
     assert NAMES.party_of(update.exchange) == update.user_id == alice
 
 
-@pytest.mark.parametrize("exchange", ["up of another", "model", "receipts", "events", "quarantine"])
+@pytest.mark.parametrize("exchange", ["up of another", "model", "receipts", "events", "quarantine", "leader"])
 async def test_party_publishes_nowhere_else(broker, parties, exchange: str):
     names = {
         "up of another": NAMES.up(parties.bob),
@@ -692,6 +739,7 @@ async def test_party_publishes_nowhere_else(broker, parties, exchange: str):
         "receipts": NAMES.receipts,
         "events": NAMES.events,
         "quarantine": NAMES.quarantine,
+        "leader": NAMES.leader,
     }
     async with broker.connect(user=parties.alice) as party:
         with pytest.raises(AccessRefusedError, match=names[exchange]):
@@ -703,14 +751,14 @@ async def test_party_publishes_nowhere_else(broker, parties, exchange: str):
 
 async def test_party_reads_nothing_else(broker, parties):
     async with broker.connect(user=parties.alice) as party:
-        for queue in (NAMES.inbox(parties.bob), NAMES.updates, NAMES.quarantine):
+        for queue in (NAMES.inbox(parties.bob), NAMES.updates, NAMES.quarantine, NAMES.leader):
             with pytest.raises(AccessRefusedError, match=queue):
                 async with party.consume(queue, prefetch=1, name="c"):
                     pass
         with pytest.raises(AccessRefusedError, match=NAMES.updates):
             async with party.follow(NAMES.updates, start="first", name="c"):
                 pass
-        for exchange in (NAMES.model, NAMES.events, NAMES.up(parties.bob)):
+        for exchange in (NAMES.model, NAMES.events, NAMES.leader, NAMES.up(parties.bob)):
             with pytest.raises(AccessRefusedError):
                 async with party.listen(exchange, routing_key="#", name="c"):
                     pass
@@ -725,6 +773,7 @@ async def test_party_declares_nothing(broker, parties):
         Topology(bindings=(Binding(NAMES.up(alice), NAMES.inbox(parties.bob)),)),
         topology.party("digits", alice),
         topology.shared("digits"),
+        topology.leadership("digits"),
     )
     async with broker.connect(user=alice) as party:
         for attempt in attempts:

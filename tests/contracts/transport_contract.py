@@ -14,7 +14,7 @@ from broker_fl.config import BrokerSettings
 from broker_fl.management import Management
 from broker_fl.topology import Policy, party_permissions
 from broker_fl.transports.amqp import amqp_connect
-from broker_fl.transports.memory import MemoryBroker
+from broker_fl.transports.memory import MemoryBroker, MemoryTransport
 from broker_fl.transports.transport import Delivery, Feed, Transport
 
 MAX_MESSAGE_BYTES = 16 << 20
@@ -45,6 +45,9 @@ class BrokerUnderTest(Protocol):
     async def restart(self) -> None:
         """Where breaking connections meant to stop."""
 
+    async def cut(self, transport: Transport, *, name: str) -> None:
+        """This connection alone, which has that name, from the broker's side."""
+
 
 class MemoryUnderTest:
     administrator = "admin"
@@ -74,6 +77,10 @@ class MemoryUnderTest:
 
     async def restart(self) -> None:
         self.broker.start()
+
+    async def cut(self, transport: Transport, *, name: str) -> None:
+        assert isinstance(transport, MemoryTransport)
+        transport.cut()
 
 
 class RabbitMQUnderTest:
@@ -120,6 +127,9 @@ class RabbitMQUnderTest:
 
     async def restart(self) -> None:
         """It only closed a connection."""
+
+    async def cut(self, transport: Transport, *, name: str) -> None:
+        await self.break_connections(name)
 
 
 def login(settings: BrokerSettings, user: str, password: str) -> BrokerSettings:

@@ -1,6 +1,7 @@
 """The tables of docs/protocol.md against the code."""
 
 import re
+from types import SimpleNamespace
 from typing import get_args
 
 import numpy as np
@@ -19,7 +20,7 @@ from broker_fl.codecs.quantize import BLOCK
 from broker_fl.codecs.registry import QUANTIZERS, SPARSIFIERS
 from broker_fl.config import KEYFRAME_CODECS, Settings
 from broker_fl.parameters import manifest_of
-from broker_fl.topology import MIB, Names, party, party_permissions, policies, shared
+from broker_fl.topology import MIB, Names, leadership, party, party_permissions, policies, shared
 from broker_fl.transports import model_log
 from broker_fl.transports.parts import PART, PARTS, SHA256, SIZE
 from broker_fl.transports.transport import Delivery
@@ -159,27 +160,25 @@ def test_the_centroids_are_documented(bits):
     assert rotation.eden(bits).centroids.tolist() == [*(-half[::-1]).tolist(), *half.tolist()]
 
 
+TOPOLOGIES = (shared("F"), party("F", "P"), leadership("F"))
+
+
 def test_every_exchange_is_documented():
-    exchanges = {exchange.name: exchange.kind for topology in (shared("F"), party("F", "P")) for exchange in topology.exchanges}
+    exchanges = {exchange.name: exchange.kind for topology in TOPOLOGIES for exchange in topology.exchanges}
     assert {name: cells[0] for name, cells in TABLES["On the broker", "exchange"].items()} == exchanges
 
 
 def test_every_queue_is_documented_with_its_arguments():
-    queues = {queue.name: queue for topology in (shared("F"), party("F", "P")) for queue in topology.queues}
+    queues = {queue.name: queue for topology in TOPOLOGIES for queue in topology.queues}
     documented = TABLES["On the broker", "queue"]
-    assert set(documented) == {*queues, NAMES.aggregator}
+    assert set(documented) == set(queues)
     for name, queue in queues.items():
         kind, bound, arguments = documented[name]
         assert kind == queue.kind
         assert arguments == ", ".join(
             f"`{key}: {str(value).lower() if value is True else value}`" for key, value in queue.arguments.items()
         )
-        exchanges = [
-            binding.exchange
-            for topology in (shared("F"), party("F", "P"))
-            for binding in topology.bindings
-            if binding.queue == name
-        ]
+        exchanges = [binding.exchange for topology in TOPOLOGIES for binding in topology.bindings if binding.queue == name]
         assert all(f"`{exchange}`" in bound for exchange in exchanges)
 
 
@@ -224,11 +223,12 @@ def _expect_documented(message, what):
 def _aggregator():
     limits = Limits(names=Names("f"), manifest=MANIFEST, max_update_bytes=1 << 20, max_update_norm=None)
     pace = Pace(prefetch=1, group_updates=1, group_s=0.0, part_bytes=1 << 20, max_message_bytes=1 << 24)
-    return Aggregator(None, None, topology=shared("f"), limits=limits, pace=pace, clock=lambda: 0.0)
+    coordinator = SimpleNamespace(ledger_id="0" * 32)
+    return Aggregator(None, coordinator, topology=shared("f"), limits=limits, pace=pace, clock=lambda: 0.0)
 
 
 def _frames():
-    """An announcement with its keyframe, and a delta frame."""
+    """An announcement with its keyframe, a delta frame, and an announcement with its keyframe as a rollback makes."""
     plan = BroadcastPlan(
         federation="f",
         ledger_id="0" * 32,
@@ -248,14 +248,15 @@ def _frames():
     )
     model = np.linspace(-1, 1, MANIFEST.size, dtype=np.float32)
     first, held = make_frame(plan, None, model, version=0, over=False, at=0.0)
-    return first, make_frame(plan, held, model * np.float32(1.5), version=1, over=False, at=0.0)[0]
+    second, held = make_frame(plan, held, model * np.float32(1.5), version=1, over=False, at=0.0)
+    return first, second, make_frame(plan, held, model, version=2, over=False, at=0.0, is_anew=True)[0]
 
 
 async def test_the_headers_and_the_ids_of_frames_are_documented():
     recorder = Recorder()
     for row in _frames():
         await _aggregator()._publish_frame(recorder, row)
-    keyframe, announcement, delta = recorder.messages
+    keyframe, announcement, delta, *anew = recorder.messages
     assert (keyframe.exchange, announcement.exchange, delta.exchange) == ("fl.f.keyframes", "fl.f.model", "fl.f.model")
     for message, what in ((keyframe, "keyframe"), (announcement, "announcement"), (delta, "delta frame")):
         _expect_documented(message, what)
@@ -268,27 +269,37 @@ async def test_the_headers_and_the_ids_of_frames_are_documented():
             "announcement": (True, True),
             "delta frame": (False, False),
         }[what]
+    for message, what in zip(anew, ("keyframe", "announcement"), strict=True):
+        _expect_documented(message, what)
+        assert f"(`{message.headers['x-fl-kind']}`)" in TABLES["Messages", "message"][what][0]
 
 
 def test_the_byte_counts_of_frames_are_as_documented():
-    first, second = _frames()
+    first, second, third = _frames()
     announcement, keyframe, delta = (wire.decode(ModelFrame, body) for body in (first.body, first.keyframe, second.body))
     assert announcement.log_bytes == keyframe.log_bytes == announcement.keyframe.log_bytes == 0
     assert announcement.keyframe.bytes == len(keyframe.payload) == 2 * MANIFEST.size
     assert delta.log_bytes == len(delta.payload)
     assert second.log_bytes == len(second.body)
+    # A later frame without a base counts more than any keyframe has, so that nobody reckons that changes lead past it.
+    assert "8 bytes a parameter + 65,536" in " ".join(DOCUMENT.split())
+    anew, whole = (wire.decode(ModelFrame, body) for body in (third.body, third.keyframe))
+    assert (anew.number, anew.base, anew.payload) == (3, None, b"")
+    assert anew.log_bytes == whole.log_bytes == anew.keyframe.log_bytes == second.log_bytes + 8 * MANIFEST.size + 65_536
+    assert anew.log_bytes - second.log_bytes > max(len(third.keyframe), 4 * MANIFEST.size)
     assert announcement.rounding == "float16"
 
 
 async def test_the_facts_of_a_published_frame_are_documented():
-    for row, more in zip(_frames(), (("keyframe_bytes", "keyframe_codec"), ()), strict=True):
+    with_keyframe = ("keyframe_bytes", "keyframe_codec")
+    for row, more in zip(_frames(), (with_keyframe, (), with_keyframe), strict=True):
         recorder, aggregator = Recorder(), _aggregator()
         await aggregator._tell_published(recorder, row)
         facts = wire.decode(Event, recorder.messages[0].body).facts
         assert recorder.messages[0].routing_key == "frame.published"
         assert not recorder.messages[0].mandatory
-        always, _, with_keyframe = TABLES["Event", "kind"]["frame.published"][0].partition(";")
-        assert list(facts) == [*re.findall(r"`(.*?)`", always), *(re.findall(r"`(.*?)`", with_keyframe) if more else [])]
+        always, _, beside = TABLES["Event", "kind"]["frame.published"][0].partition(";")
+        assert list(facts) == [*re.findall(r"`(.*?)`", always), *(re.findall(r"`(.*?)`", beside) if more else [])]
         assert [facts[key] for key in more] == ([len(row.keyframe), "float16"] if more else [])
 
 
@@ -362,7 +373,10 @@ def test_the_numbers_in_the_text_are_those_of_the_code():
         "to nearest: " + " or ".join([", ".join(f"`{codec}`" for codec in KEYFRAME_CODECS[:-1]), f"`{KEYFRAME_CODECS[-1]}`"]),
     ):
         assert said in text, said
-    assert (worker._RESEND_AFTER_S, worker._RESEND_AFTER_AT_MOST_S, worker._NEVER_TAKEN) == (120, 3600, ("bounds", "non_finite"))
+    assert "Without a receipt after two minutes" in text
+    assert "and so on up to an hour" in text
+    resent = (settings.worker.resend_after_s, worker._RESEND_AFTER_AT_MOST_S)
+    assert (*resent, worker._NEVER_TAKEN) == (120, 3600, ("bounds", "non_finite"))
     dense = [name for name in QUANTIZERS if QUANTIZERS[name].for_small == name]
     assert tuple(dense) == KEYFRAME_CODECS
     assert all(parse_codec(codec).sparsifier is None for codec in dense)

@@ -243,13 +243,17 @@ def test_no_ledger_there_is_said_and_none_is_made(operator, command):
         ("nosuch://a:hidden@127.0.0.1/fl", "nosuch://a:***@127.0.0.1/fl needs a driver that is not installed"),
         ("postgresql+psycopg://a:hidden@127.0.0.1:port/fl", "expected a database URL"),
         ("postgresql+psycopg://a:hidden:more@127.0.0.1:1/fl", "postgresql+psycopg://a:***@127.0.0.1:1/fl does not answer"),
-        ("sqlite+nosuch:///state/ledger.db", "state/ledger.db needs a driver that is not installed"),
     ],
 )
 def test_ledger_that_cannot_be_opened_is_named_without_its_password(operator, command, url, expected):
     said = operator.mistakes(*command, "--ledger", url, state=False)
     assert said.startswith(expected)
     assert "hidden" not in said
+
+
+def test_sqlite_by_a_driver_that_is_not_there_is_named(operator):
+    said = operator.mistakes("model", "rollback", "--to", "1", "--ledger", "sqlite+nosuch:///state/ledger.db")
+    assert "needs a driver that is not installed" in said
 
 
 def test_file_of_another_kind_is_no_ledger(operator):

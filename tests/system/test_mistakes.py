@@ -120,7 +120,9 @@ async def test_who_may_not_or_cannot_take_part_says_why_and_leaves_those_at_work
 
     second = federation.aggregator()
     started = {
-        "another aggregator, with another ledger, is at work on federation 'blobs'": federation.aggregator("--state", "elsewhere"),
+        "another aggregator, with another ledger, is at work on federation 'blobs'": federation.aggregator(
+            "--state", "elsewhere"
+        ),
         "another worker on this machine already serves party 'a'": federation.worker("a"),
         "another worker already serves party 'a'": federation.worker("a", *elsewhere, *impatient),
         "the federation trains another model than this task": federation.worker("b", "--task", f"{federation.task[:-5]}:WIDE"),

@@ -178,6 +178,7 @@ class Home:
         link=None,
         budget=None,
         throttle=1.0,
+        resend_after_s=120.0,
     ):
         """The worker at work; at the end it is stopped, unless it ended by itself. What it fails with is raised at the end."""
         own = np.full(manifest.size, -1, np.float32) if initial is None else initial
@@ -190,7 +191,7 @@ class Home:
                 link=Link(**{"part_bytes": 1024, "max_message_bytes": 1 << 20, "inbox_grace_s": grace_s, **(link or {})}),
                 budget=budget or Budget(),
                 throttle=throttle,
-                resend_after_s=120.0,
+                resend_after_s=resend_after_s,
                 clock=clock,
             )
             running = Running(worker, outbox)

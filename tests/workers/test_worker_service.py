@@ -341,6 +341,15 @@ async def test_confirmed_update_without_a_receipt_is_sent_again_after_a_while(ho
     assert wire.decode(ModelUpdate, second.body).sequence == 2
 
 
+async def test_confirmed_update_is_sent_again_as_soon_as_the_settings_say_and_until_somebody_answers(home, centre, new_trainer):
+    async with centre() as hub, home.running(new_trainer(), resend_after_s=0.05):
+        await hub.broadcast(1)
+        first, again, once_more = [await hub.delivery() for _ in range(3)]
+        assert {(found.message_id, found.body) for found in (again, once_more)} == {(first.message_id, first.body)}
+        await hub.answer(wire.decode(ModelUpdate, first.body))
+        await until(lambda: counters(home).get("updates_merged") == 1)
+
+
 async def test_update_is_sent_again_ever_more_rarely_while_nobody_answers(home, centre, new_trainer):
     """An aggregator that was away for a night must not find hundreds of copies of each."""
     now = [1000.0]

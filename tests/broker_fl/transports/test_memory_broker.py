@@ -5,8 +5,8 @@ from contextlib import AsyncExitStack
 
 import pytest
 
-from broker_fl.errors import AuthenticationError, BrokerUnavailableError, NotFoundError, QueueInUseError
-from broker_fl.topology import Binding, Exchange, Permissions, Policy, Queue, Topology
+from broker_fl.errors import AuthenticationError, BrokerUnavailableError, NotFoundError
+from broker_fl.topology import Binding, Exchange, Permissions, Policy, Queue, Topology, leadership
 from broker_fl.transports.memory import MemoryBroker
 from broker_fl.transports.transport import Message
 
@@ -143,19 +143,28 @@ async def test_deleted_queue_is_gone_with_its_messages_and_bindings():
     assert broker.depth("q") == 0
 
 
-async def test_late_end_of_a_cut_holder_takes_nothing_from_the_next_one():
+async def test_late_end_of_a_cut_consumer_takes_nothing_from_the_next_one():
     broker = MemoryBroker()
     async with AsyncExitStack() as late:
         first = await late.enter_async_context(broker.connect("first"))
-        await late.enter_async_context(first.hold("name"))
+        await first.declare(leadership("f"))
+        await first.publish(Message("fl.f.leader", b"token"))
+        held = await late.enter_async_context(first.consume("fl.f.leader", prefetch=2, name="first"))
+        await held.receive()
         broker.stop()
         broker.start()
-        async with broker.connect("second") as second, second.hold("name"):
+        async with (
+            asyncio.timeout(5),
+            broker.connect("second") as second,
+            second.consume("fl.f.leader", prefetch=2, name="second") as standing,
+            broker.connect("third") as third,
+            third.consume("fl.f.leader", prefetch=2, name="third") as waiting,
+        ):
+            token = await standing.receive()
+            assert token.redelivered
             await late.aclose()
-            async with broker.connect("third") as third:
-                with pytest.raises(QueueInUseError):
-                    async with third.hold("name"):
-                        pass
+            assert waiting.receive_nowait() is standing.receive_nowait() is None
+            await standing.acknowledge(token.tag)
 
 
 async def test_all_followers_are_woken_by_each_message():
