@@ -81,14 +81,16 @@ class Coordinator:
         """Takes the ledger's lead, and goes on from the first model, or from where the last leader ended; whatever this one
         knew before is made anew. Raises DamagedError, ManifestMismatchError.
         """
+        # Before anybody is fenced: whoever is here by mistake must not stop those at work.
+        self._check_identity(self._ledger.facts())
         self._ledger.take_lead(self._holder, at=self._clock())
         reach("aggregator.lead")
         facts = self._ledger.facts()
+        self._check_identity(facts)
         self._held = None
         if "manifest" not in facts:
             self._begin(initial)
         else:
-            self._check_identity(facts)
             self._held = recover_held(self._ledger, self._plan.manifest)
             recovered = recover(self._ledger, self._snapshots, self._plan.manifest)
             self._state, self._seq = recovered.state, recovered.seq
@@ -177,6 +179,8 @@ class Coordinator:
         self._snapshot()
 
     def _check_identity(self, facts: dict[str, str]) -> None:
+        if "manifest" not in facts:
+            return
         if facts["federation"] != self._plan.federation:
             raise ConfigurationError(
                 f"{self._ledger.name} is the ledger of federation {facts['federation']!r}, not {self._plan.federation!r}: "

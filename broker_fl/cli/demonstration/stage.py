@@ -148,11 +148,11 @@ async def _clean(broker: BrokerSettings, federation: str) -> None:
     async with management_of(broker) as management:
         for party in await list_parties(management, settings):
             await remove_party(management, settings, party)
-        shared = topology.shared(federation)
-        for queue in shared.queues:
-            await management.delete_queue(queue.name)
-        for exchange in shared.exchanges:
-            await management.delete_exchange(exchange.name)
+        for made in (topology.shared(federation), topology.leadership(federation)):
+            for queue in made.queues:
+                await management.delete_queue(queue.name)
+            for exchange in made.exchanges:
+                await management.delete_exchange(exchange.name)
         for policy in topology.policies(federation, model_bytes=0):
             await management.delete_policy(policy.name)
 
