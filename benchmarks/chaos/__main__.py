@@ -6,6 +6,7 @@ for afterwards. Exits with 1 where anything was lost, doubled, or otherwise than
 """
 
 import json
+import os
 import sys
 import tempfile
 from dataclasses import asdict
@@ -16,8 +17,10 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.chaos.campaign import Outcome, run
+from benchmarks.chaos.disk import own_mounts
 from benchmarks.chaos.faults import FAULTS
 from benchmarks.report import machine, parser
+from broker_fl.cli.running import until_signalled
 
 
 def main() -> None:
@@ -28,14 +31,16 @@ def main() -> None:
     arguments.add_argument("--keep", type=Path, help="copy logs, ledger and outboxes here where something was wrong")
     given = arguments.parse_args()
     kinds = tuple(given.only or FAULTS)
+    own_mounts()
     with tempfile.TemporaryDirectory(prefix="broker-fl-chaos-") as folder:
-        outcome = uvloop.run(
-            run(minutes=given.minutes, seed=given.seed, folder=Path(folder), say=_say, kinds=kinds, keep=given.keep)
-        )
+        campaign = run(minutes=given.minutes, seed=given.seed, folder=Path(folder), say=_say, kinds=kinds, keep=given.keep)
+        outcome = uvloop.run(until_signalled(campaign))
     _show(outcome)
     if given.json is not None:
         given.json.write_text(json.dumps(record(outcome), indent=2) + "\n", encoding="utf-8")
-    sys.exit(1 if outcome.audit.violations else 0)
+    sys.stdout.flush()
+    # Not by sys.exit: of what torch loads, some complains at length about being left.
+    os._exit(1 if outcome.audit.violations else 0)
 
 
 def _say(text: str) -> None:
