@@ -34,15 +34,17 @@ from aggregator.records import (
 )
 from broker_fl.database import (
     display_name,
+    end_session,
     give_room_back,
     is_there,
+    limited_wait,
     open_database,
     open_for_reading,
     reading,
     storage_errors,
     writing,
 )
-from broker_fl.errors import ConfigurationError, DamagedError, FencedError
+from broker_fl.errors import ConfigurationError, DamagedError, FencedError, StorageInUseError
 
 _LEAD_ROW = 1
 _READ_ENTRIES = 256
@@ -55,6 +57,7 @@ class Ledger:
     def __init__(self, connection: Connection, name: str) -> None:
         self._connection = connection
         self._epoch: int | None = None
+        self._locks_rows = connection.dialect.name != "sqlite"
         self.name = name
 
     @contextmanager
@@ -63,18 +66,26 @@ class Ledger:
         took the lead since we did: then nothing is written."""
         try:
             with writing(self._connection, self.name):
+                if self._locks_rows:
+                    self._confirm_lead()
                 yield
-                if self._epoch is not None:
-                    self._confirm_lead(self._epoch)
+                if not self._locks_rows:
+                    self._confirm_lead()
         except DamagedError as exc:
             # Whoever leads now has written what we would have.
             if isinstance(exc.__cause__, IntegrityError) and self._epoch is not None and not self.is_leading():
                 raise self._fenced() from exc
             raise
 
-    def _confirm_lead(self, epoch: int) -> None:
-        """In the transaction: from here to its end nobody can take the lead (PostgreSQL: the row is locked; SQLite: all is)."""
-        same = update(LEAD).where(LEAD.c.id == _LEAD_ROW, LEAD.c.epoch == epoch).values(epoch=epoch)
+    def _confirm_lead(self) -> None:
+        """In the transaction: from here to its end nobody can take the lead.
+
+        PostgreSQL locks the row, so this comes first: whoever takes over waits for that row alone, and knows whom to end if it
+        waits in vain. SQLite locks everything with the first write, so this comes last, when there is little left to do.
+        """
+        if self._epoch is None:
+            return
+        same = update(LEAD).where(LEAD.c.id == _LEAD_ROW, LEAD.c.epoch == self._epoch).values(epoch=self._epoch)
         if not self._connection.execute(same).rowcount:
             raise self._fenced()
 
@@ -83,12 +94,26 @@ class Ledger:
         return FencedError(f"{self.name} is led by {lead.holder if lead else 'nobody'} now: nothing more is written here")
 
     def take_lead(self, holder: str, *, at: float, is_brief: bool = False) -> None:
-        """From now on nobody who led before can write. What they committed is there."""
+        """From now on nobody who led before can write. What they committed is there.
+
+        At a database server, a leader that was frozen in the middle of a commit is ended there. Of SQLite it keeps the lock:
+        raises StorageInUseError.
+        """
         facts = {"holder": holder, "at": at, "let_go": False, "is_brief": is_brief}
+        try:
+            self._take_lead(facts)
+        except StorageInUseError:
+            with self._reading():
+                before = self._connection.execute(select(LEAD.c.session).where(LEAD.c.id == _LEAD_ROW)).scalar_one()
+            if not end_session(self._connection, self.name, session=before):
+                raise
+            self._take_lead(facts)
+
+    def _take_lead(self, facts: dict[str, object]) -> None:
         with writing(self._connection, self.name):
+            session = limited_wait(self._connection)
             same = update(LEAD).where(LEAD.c.id == _LEAD_ROW)
-            taken = same.values(epoch=LEAD.c.epoch + 1, **facts)
-            self._connection.execute(taken)
+            self._connection.execute(same.values(epoch=LEAD.c.epoch + 1, session=session, **facts))
             epoch = self._connection.execute(select(LEAD.c.epoch).where(LEAD.c.id == _LEAD_ROW)).scalar_one()
         self._epoch = int(epoch)
 
@@ -492,7 +517,7 @@ def _begin(connection: Connection, ledger: Ledger) -> None:
     try:
         with ledger.transaction():
             connection.execute(insert(META), [{"key": key, "value": value} for key, value in facts.items()])
-            nobody = {"id": _LEAD_ROW, "epoch": 0, "holder": "", "at": 0.0, "let_go": True, "is_brief": False}
+            nobody = {"id": _LEAD_ROW, "epoch": 0, "holder": "", "at": 0.0, "let_go": True, "is_brief": False, "session": ""}
             connection.execute(insert(LEAD).values(**nobody))
     except DamagedError as exc:
         if not isinstance(exc.__cause__, IntegrityError):

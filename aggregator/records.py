@@ -103,6 +103,7 @@ LEAD = Table(
     Column("at", Float, nullable=False),
     Column("let_go", Boolean, nullable=False),
     Column("is_brief", Boolean, nullable=False),
+    Column("session", String(64), nullable=False),  # of the holder at a database server, so that it can be ended; else empty
 )
 
 

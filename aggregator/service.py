@@ -50,6 +50,9 @@ _LOOK_WHO_LEADS_S = 2.0
 _LOOKS_IN_VAIN = 3
 """A candidate that is not elected asks its ledger who leads. A leader that was just elected has some time to write itself in."""
 
+_GROUPS_AHEAD = 16
+"""Groups that are examined while a commit waits for the disk; the prefetch bounds what is in them."""
+
 _NEWEST_FRAME_S = 0.5
 LEDGER = "x-fl-ledger"
 """The header of a frame that says whose it is."""
@@ -313,7 +316,7 @@ class Aggregator:
 
         Until winding down; then no message is taken any more, and what was decided is answered.
         """
-        examined: asyncio.Queue[Examination | None] = asyncio.Queue(maxsize=2)
+        examined: asyncio.Queue[Examination | None] = asyncio.Queue(maxsize=_GROUPS_AHEAD)
         decided: asyncio.Queue[Decision | None] = asyncio.Queue(maxsize=2)
         async with (
             transport.consume(self._names.updates, prefetch=self._pace.prefetch, name="aggregator") as subscription,
@@ -347,6 +350,12 @@ class Aggregator:
 
     async def _decide_groups(self, examined: asyncio.Queue[Examination | None], decided: asyncio.Queue[Decision | None]) -> None:
         while (group := await examined.get()) is not None:
+            # What came while the last commit waited for the disk shares the next one.
+            while len(group.arrivals) < self._pace.group_updates and not examined.empty():
+                if (more := examined.get_nowait()) is None:
+                    examined.put_nowait(None)
+                    break
+                group = Examination(group.deliveries + more.deliveries, group.arrivals + more.arrivals)
             verdicts = await self._in_ledger(self._coordinator.decide, group.arrivals)
             self._frame_waits.set()
             await decided.put(Decision(group.deliveries, verdicts))

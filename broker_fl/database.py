@@ -4,6 +4,7 @@ import errno
 import fcntl
 import sqlite3
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,9 @@ _CONNECT_TIMEOUT_S = 10
 _IDLE_TRANSACTION_MS = 60_000
 """PostgreSQL ends a transaction whose client fell silent in the middle, as a frozen process does, and lets go of its locks. A
 leader that merges large updates is silent for seconds."""
+
+_LOCK_WAIT_S = 3
+_LOCK_NOT_AVAILABLE = "55P03"
 
 _GONE = ("08", "57P")
 """SQLSTATE classes: the connection failed; an administrator or a crash ended it, or the server is starting."""
@@ -108,7 +112,12 @@ def _parsed(url: str) -> URL:
 
 
 def _server(url: str) -> Engine:
-    options = {"connect_timeout": _CONNECT_TIMEOUT_S, "options": f"-c idle_in_transaction_session_timeout={_IDLE_TRANSACTION_MS}"}
+    options = {
+        "connect_timeout": _CONNECT_TIMEOUT_S,
+        "options": f"-c idle_in_transaction_session_timeout={_IDLE_TRANSACTION_MS}",
+        # Nobody else's, so that `end_session` ends nobody else.
+        "application_name": f"broker-fl-{uuid.uuid4().hex}",
+    }
     is_postgresql = _parsed(url).get_backend_name() == "postgresql"
     return create_engine(url, poolclass=StaticPool, connect_args=options if is_postgresql else {}, hide_parameters=True)
 
@@ -166,6 +175,23 @@ def reading(connection: Connection, name: str) -> Iterator[None]:
                 connection.rollback()
 
 
+def limited_wait(connection: Connection) -> str:
+    """In a transaction: whoever holds a lock for long makes it a StorageInUseError. Gives this session's name; none of SQLite."""
+    if connection.dialect.name != "postgresql":
+        return ""
+    connection.execute(text(f"SET LOCAL lock_timeout = '{_LOCK_WAIT_S}s'"))
+    return str(connection.execute(text("SELECT current_setting('application_name')")).scalar_one())
+
+
+def end_session(connection: Connection, name: str, *, session: str) -> bool:
+    """Ends another one's session at the server, with its transaction and its locks; False where there is none to end."""
+    if connection.dialect.name != "postgresql" or not session:
+        return False
+    others = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = :name AND pid <> pg_backend_pid()"
+    with reading(connection, name):
+        return any(connection.execute(text(others), {"name": session}).scalars().all())
+
+
 def give_room_back(connection: Connection, name: str) -> None:
     """SQLite keeps what was deleted as room for more; PostgreSQL sees to that by itself. Raises StorageError."""
     if connection.dialect.name == "sqlite":
@@ -197,7 +223,7 @@ def _ours(what: str, exc: OperationalError | InterfaceError) -> StorageError:
     state = getattr(exc.orig, "sqlstate", None)
     if state == _NO_ROOM or (not is_server and "full" in reason):
         return StorageFullError(_no_space(what))
-    if not is_server and "locked" in reason:
+    if state == _LOCK_NOT_AVAILABLE or (not is_server and "locked" in reason):
         return StorageInUseError(f"another process holds {what}")
     # A server that could not be reached has given no state.
     if is_server and (exc.connection_invalidated or state is None or state.startswith(_GONE)):
