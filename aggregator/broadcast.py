@@ -219,11 +219,11 @@ def is_due(plan: BroadcastPlan, last: FrameRow | None, *, version: int, now: flo
         if plan_digest(plan.at(version)) != last.plan:
             return True
         # Where only a share of the parties trains from each frame, a frame that drew none must not be the last.
-        return plan.fraction < 1 and _has_passed(max(plan.every_s, _LEAST_REDRAW_S), since=last.at, now=now)
-    return version - last.version >= plan.every_versions or _has_passed(plan.every_s, since=last.at, now=now)
+        return plan.fraction < 1 and has_passed(max(plan.every_s, _LEAST_REDRAW_S), since=last.at, now=now)
+    return version - last.version >= plan.every_versions or has_passed(plan.every_s, since=last.at, now=now)
 
 
-def _has_passed(seconds: float, *, since: float, now: float) -> bool:
+def has_passed(seconds: float, *, since: float, now: float) -> bool:
     """Also where the clock was set back: nobody knows how much time went by, and nothing may wait for the old time to come
     again.
     """

@@ -4,18 +4,19 @@ What is left replays from the oldest snapshot that is kept. Each entry stays, wi
 update that comes again after months is still known, and whoever kept a copy can prove what was in it.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+from aggregator.broadcast import EXACT
 from aggregator.ledger import Ledger
 from aggregator.records import FrameRow, SnapshotRow
 from aggregator.recovery import begin, changed_by, manifest_of_ledger, replay, snapshot_rows, start_of_chain
 from aggregator.snapshots import Snapshots, Stored
 from broker_fl.codecs.chain import rounded
-from broker_fl.errors import DamagedError, StorageInUseError
+from broker_fl.errors import DamagedError, FencedError, StorageInUseError
 from broker_fl.parameters import digest
 from schemas import wire
-
-_EXACT = "float32"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,19 +34,21 @@ class Compacted:
 def compact(ledger: Ledger, snapshots: Snapshots, *, keep: int) -> Compacted:
     """Keeps the payloads of the newest `keep` entries, and a snapshot before them. An aggregator may be at work.
 
-    Raises DamagedError if that snapshot cannot be made or read: then nothing is dropped.
+    Nothing is dropped where it raises: DamagedError if that snapshot cannot be made or read, FencedError if an aggregator took
+    the lead meanwhile (which removes snapshots that the ledger does not name), or another compaction was faster.
     """
-    rows = snapshot_rows(ledger)
+    epoch, rows = _epoch(ledger), snapshot_rows(ledger)
     seq = max(ledger.last_seq() - keep, rows[0].seq)
-    horizon = next((row for row in rows if row.seq == seq), None) or _snapshot(ledger, snapshots, seq=seq)
-    with ledger.transaction():
-        ledger.add_snapshot(horizon)
-    # Nothing goes before what takes its place was seen to be whole, and under a name that no starting aggregator sweeps away.
+    horizon = next((row for row in rows if row.seq == seq), None) or _snapshot(ledger, snapshots, seq=seq, epoch=epoch)
+    # Nothing goes before what takes its place was seen to be whole.
     snapshots.read(Stored(horizon.file, horizon.sha256))
     payloads, size = ledger.payload_bytes(upto=horizon.seq)
     gone = [row for row in rows if row.seq < horizon.seq]
     start = _start(ledger, horizon)
-    with ledger.transaction():
+    with _led_in(ledger, epoch):
+        if rows[0] not in ledger.snapshots():
+            raise FencedError("another compaction was faster")
+        ledger.add_snapshot(horizon)
         ledger.drop_payloads(upto=horizon.seq)
         ledger.drop_snapshots(before=horizon.seq)
         frames = 0 if start is None else ledger.drop_bodies(upto=start[0], start=start[1])
@@ -54,15 +57,27 @@ def compact(ledger: Ledger, snapshots: Snapshots, *, keep: int) -> Compacted:
     return Compacted(payloads, size, frames, len(gone), horizon.version, room_is_back=_give_room_back(ledger))
 
 
-def _snapshot(ledger: Ledger, snapshots: Snapshots, *, seq: int) -> SnapshotRow:
+@contextmanager
+def _led_in(ledger: Ledger, epoch: int) -> Iterator[None]:
+    try:
+        with ledger.transaction(led_in=epoch):
+            yield
+    except FencedError as exc:
+        raise FencedError(f"{ledger.name} changed hands meanwhile, and nothing was dropped: run it again ({exc})") from exc
+
+
+def _epoch(ledger: Ledger) -> int:
+    lead = ledger.lead()
+    return 0 if lead is None else lead.epoch
+
+
+def _snapshot(ledger: Ledger, snapshots: Snapshots, *, seq: int, epoch: int) -> SnapshotRow:
     """Of the state after this entry. The ledger does not name it yet."""
     rows = [row for row in snapshot_rows(ledger) if row.seq < seq]
     steps = replay(ledger, snapshots, manifest_of_ledger(ledger), start=begin(ledger, snapshots, rows))
     reached = next((step for step in steps if step.seq == seq), None)
     if reached is None or reached.entry is None:
         raise DamagedError(f"{ledger.name}: entry {seq} is missing; restore it from a backup")
-    lead = ledger.lead()
-    epoch = 0 if lead is None else lead.epoch
     stored = snapshots.write(reached.state, seq=seq, ledger=ledger.facts()["ledger_id"], epoch=epoch)
     return SnapshotRow(seq, reached.state.version, stored.file, stored.sha256, reached.entry.at)
 
@@ -104,6 +119,6 @@ def _whole(ledger: Ledger, row: FrameRow, *, first: int) -> bytes:
             break
     if digest(model) != row.digest or frame.number != row.number:
         raise DamagedError(f"{ledger.name}: frame {row.number} decodes to another model than its digest says")
-    whole = rounded(model, _EXACT, manifest=manifest)[0]
-    facts = {"base": None, "manifest": manifest, "plan": rules, "codec": _EXACT, "payload": whole}
+    whole = rounded(model, EXACT, manifest=manifest)[0]
+    facts = {"base": None, "manifest": manifest, "plan": rules, "codec": EXACT, "payload": whole}
     return wire.encode(frame.model_copy(update=facts))

@@ -13,7 +13,7 @@ import numpy as np
 import structlog
 
 from aggregator.admission import Examined, Limits, Refused, RolledBack, Sender, admit, examine, payload_digest
-from aggregator.broadcast import BroadcastPlan, Held, exact_keyframe, is_due, make_frame
+from aggregator.broadcast import BroadcastPlan, Held, exact_keyframe, has_passed, is_due, make_frame
 from aggregator.decisions import Arrival, Goal, PartBody, Verdict, accepted_entry, receipt_for, refused_entry
 from aggregator.ledger import Ledger
 from aggregator.merging.fold import Contribution, State, Strategy, remember_base
@@ -23,7 +23,7 @@ from aggregator.recovery import recover, recover_held
 from aggregator.snapshots import Snapshots, Stored, epoch_of
 from aggregator.spool import Spool
 from broker_fl.config import MergingSettings
-from broker_fl.errors import ConfigurationError, FencedError, ManifestMismatchError
+from broker_fl.errors import ConfigurationError, DamagedError, ManifestMismatchError
 from broker_fl.failpoints import reach
 from broker_fl.parameters import Vector, digest, fingerprint
 from schemas.update import ModelUpdate
@@ -91,13 +91,7 @@ class Coordinator:
         if "manifest" not in facts:
             self._begin(initial)
         else:
-            self._held = recover_held(self._ledger, self._plan.manifest)
-            recovered = recover(self._ledger, self._snapshots, self._plan.manifest)
-            self._state, self._seq = recovered.state, recovered.seq
-            self._model_digest = fingerprint(self._state.model)
-            self._snapshot_version, self._snapshot_seq = recovered.snapshot_version, recovered.snapshot_seq
-            if recovered.merging != self._rules.merging:
-                self._change_strategy(recovered.merging)
+            self._recover()
         self._rolled_back = [RolledBack(entry.base_version or 0, entry.version) for entry in self._ledger.entries_of("rollback")]
         oldest = self._state.version - self._strategy.max_staleness
         self._frame_digests = {frame.version: frame.digest for frame in self._ledger.frames_from(oldest)}
@@ -108,17 +102,31 @@ class Coordinator:
         self._reopen_if_goal_moved(facts)
         self._sweep(facts["ledger_id"])
 
+    def _recover(self) -> None:
+        rows = self._ledger.snapshots()
+        try:
+            self._held = recover_held(self._ledger, self._plan.manifest)
+            recovered = recover(self._ledger, self._snapshots, self._plan.manifest)
+        except DamagedError:
+            if self._ledger.snapshots() == rows:
+                raise
+            log.info("a compaction took away what replay had begun with: once more, from what it left")
+            self._recover()
+            return
+        self._state, self._seq = recovered.state, recovered.seq
+        self._model_digest = fingerprint(self._state.model)
+        self._snapshot_version, self._snapshot_seq = recovered.snapshot_version, recovered.snapshot_seq
+        if recovered.merging != self._rules.merging:
+            self._change_strategy(recovered.merging)
+
     def _sweep(self, ledger_id: str) -> None:
-        """Snapshots that earlier leaders wrote and did not live to name in the ledger: nobody can name them any more."""
-        files = self._snapshots.files(ledger_id)
-        # Read after the files were: one that a compaction writes is named before long, and is looked for again when it is.
+        """Snapshots that were written under earlier leaders and that the ledger does not name: nobody can name them any more."""
         known = {row.file for row in self._ledger.snapshots()}
-        for file in files:
+        for file in self._snapshots.files(ledger_id):
             if file not in known and epoch_of(file) < self._ledger.epoch:
                 log.info("a snapshot that the ledger does not name is removed", file=file)
                 self._snapshots.remove(file)
 
-    @property
     def is_leading(self) -> bool:
         """Whether nobody took the ledger's lead since `open`."""
         return self._ledger.is_leading()
@@ -246,7 +254,7 @@ class Coordinator:
         """What is due by the clock: a frame, a buffer that has waited long enough, parts that expired. Raises FencedError."""
         now = self._clock()
         self._look_whether_leading(now)
-        if self._buffer_since is not None and now - self._buffer_since >= self._rules.merging.buffer_timeout_s:
+        if self._buffer_since is not None and has_passed(self._rules.merging.buffer_timeout_s, since=self._buffer_since, now=now):
             log.info("buffer merged before it was full", version=self._state.version + 1)
             with self._ledger.transaction():
                 self._append_flush(self._strategy)
@@ -254,23 +262,21 @@ class Coordinator:
         elif self._is_frame_due(now):
             with self._ledger.transaction():
                 self._frame_if_due()
-        if not 0 <= now - self._expired_at < _EXPIRE_EVERY_S:
+        if has_passed(_EXPIRE_EVERY_S, since=self._expired_at, now=now):
             self._expired_at = now
             self._expire_parts(now)
         self._after_commit()
 
     def _look_whether_leading(self, now: float) -> None:
         """Who has nothing to write would not notice otherwise, and a rollback waits for it."""
-        if 0 <= now - self._looked_at < _LOOK_EVERY_S:
+        if not has_passed(_LOOK_EVERY_S, since=self._looked_at, now=now):
             return
         self._looked_at = now
-        if not self._ledger.is_leading():
-            lead = self._ledger.lead()
-            raise FencedError(f"{self._ledger.name} was taken by {lead.holder if lead else 'nobody'}")
+        self._ledger.expect_lead()
 
     def _expire_parts(self, now: float) -> None:
         with self._ledger.transaction():
-            expired = self._ledger.expire_parts(before=now - self._rules.parts_expire_s)
+            expired = self._ledger.expire_parts(before=now - self._rules.parts_expire_s, after=now + self._rules.parts_expire_s)
         if expired:
             log.warning("half-sent updates expired", updates=expired)
 

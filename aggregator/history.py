@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from aggregator.ledger import Ledger
 from aggregator.merging.fold import State
 from aggregator.records import Entry, SnapshotRow
-from aggregator.recovery import begin, manifest_of_ledger, recover, replay, rolled_back, snapshot_rows, state_at
+from aggregator.recovery import Recovered, begin, manifest_of_ledger, recover, replay, rolled_back, snapshot_rows, state_at
 from aggregator.snapshots import Snapshots
 from broker_fl.errors import ConfigurationError
 from broker_fl.parameters import digest, fingerprint
@@ -93,15 +93,18 @@ def roll_back(ledger: Ledger, snapshots: Snapshots, *, to: int, holder: str, at:
     if to == ledger.latest_version():
         raise ConfigurationError(f"version {to} is the newest one: there is nothing to go back from")
     target = model_of(ledger, snapshots, version=to)
+    manifest = manifest_of_ledger(ledger)
+    now = recover(ledger, snapshots, manifest)
     ledger.take_lead(holder, at=at, is_brief=True)
     try:
-        return _append_rollback(ledger, snapshots, target, at=at)
+        # What was merged since, which is little: an aggregator at work waits for us.
+        *_, last = replay(ledger, snapshots, manifest, start=now)
+        return _append_rollback(ledger, snapshots, last, target, at=at)
     finally:
         ledger.let_go()
 
 
-def _append_rollback(ledger: Ledger, snapshots: Snapshots, target: State, *, at: float) -> RollBack:
-    now = recover(ledger, snapshots, manifest_of_ledger(ledger))
+def _append_rollback(ledger: Ledger, snapshots: Snapshots, now: Recovered, target: State, *, at: float) -> RollBack:
     state = rolled_back(now.state, target)
     buffer = now.state.buffer
     dropped = 0 if buffer is None else len(buffer.parties)

@@ -61,31 +61,35 @@ class Ledger:
         self.name = name
 
     @contextmanager
-    def transaction(self) -> Iterator[None]:
-        """All or nothing, on the disk when it returns. Raises StorageFullError, StorageError, and FencedError if somebody else
-        took the lead since we did: then nothing is written."""
+    def transaction(self, *, led_in: int | None = None) -> Iterator[None]:
+        """All or nothing, on the disk when it returns.
+
+        Raises StorageFullError, StorageError, and FencedError if somebody took the lead since we did, or for one who does not
+        lead, since the epoch `led_in`: then nothing is written.
+        """
+        epoch = self._epoch if led_in is None else led_in
         try:
             with writing(self._connection, self.name):
                 if self._locks_rows:
-                    self._confirm_lead()
+                    self._confirm_lead(epoch)
                 yield
                 if not self._locks_rows:
-                    self._confirm_lead()
+                    self._confirm_lead(epoch)
         except DamagedError as exc:
             # Whoever leads now has written what we would have.
             if isinstance(exc.__cause__, IntegrityError) and self._epoch is not None and not self.is_leading():
                 raise self._fenced() from exc
             raise
 
-    def _confirm_lead(self) -> None:
+    def _confirm_lead(self, epoch: int | None) -> None:
         """In the transaction: from here to its end nobody can take the lead.
 
         PostgreSQL locks the row, so this comes first: whoever takes over waits for that row alone, and knows whom to end if it
         waits in vain. SQLite locks everything with the first write, so this comes last, when there is little left to do.
         """
-        if self._epoch is None:
+        if epoch is None:
             return
-        same = update(LEAD).where(LEAD.c.id == _LEAD_ROW, LEAD.c.epoch == self._epoch).values(epoch=self._epoch)
+        same = update(LEAD).where(LEAD.c.id == _LEAD_ROW, LEAD.c.epoch == epoch).values(epoch=epoch)
         if not self._connection.execute(same).rowcount:
             raise self._fenced()
 
@@ -135,6 +139,11 @@ class Ledger:
         """Whether we took the lead, did not let go, and nobody took it since."""
         lead = self.lead()
         return lead is not None and lead.epoch == self._epoch and not lead.let_go
+
+    def expect_lead(self) -> None:
+        """Raises FencedError if we do not lead any more."""
+        if not self.is_leading():
+            raise self._fenced()
 
     @property
     def epoch(self) -> int:
@@ -387,10 +396,11 @@ class Ledger:
     def drop_parts(self, party: str, update_id: str) -> None:
         self._connection.execute(delete(PARTS).where((PARTS.c.party == party) & (PARTS.c.update_id == update_id)))
 
-    def expire_parts(self, *, before: float) -> int:
-        """Drops updates whose newest part is older; returns how many updates that were."""
+    def expire_parts(self, *, before: float, after: float) -> int:
+        """Drops updates whose newest part is older, or of a time that is still to come; returns how many updates that were."""
         newest = select(PARTS.c.party, PARTS.c.update_id).group_by(PARTS.c.party, PARTS.c.update_id)
-        stale = self._connection.execute(newest.having(func.max(PARTS.c.at) < before)).all()
+        last = func.max(PARTS.c.at)
+        stale = self._connection.execute(newest.having((last < before) | (last > after))).all()
         for party, update_id in stale:
             self.drop_parts(party, update_id)
         return len(stale)
@@ -493,8 +503,11 @@ def open_ledger_for_reading(url: str) -> Iterator[Ledger]:
 
 
 @contextmanager
-def open_ledger(url: str) -> Iterator[Ledger]:
+def open_ledger(url: str, *, may_create: bool = True) -> Iterator[Ledger]:
     """Raises ConfigurationError, DamagedError, StorageError. The first opening gives the ledger its id."""
+    if not may_create:
+        with open_ledger_for_reading(url):
+            pass  # It is there.
     engine = open_database(url, TABLES)
     name = display_name(url)
     try:

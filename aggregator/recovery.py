@@ -223,7 +223,9 @@ def replay(
     strategy = build_strategy(start.merging)
     current = start
     bases: _Bases = _OwnBases(ledger) if skip is not None else _BroadcastBases(ledger, manifest)
+    targets = _Targets(ledger, after=start.seq)
     current = replace(current, state=bases.add(strategy, current.state))
+    targets.pass_by(current.state)
     yield current
     for entry in checked_entries(ledger, after=start.seq):
         state, merging = current.state, current.merging
@@ -234,14 +236,35 @@ def replay(
         elif entry.kind == "flush":
             state = strategy.flush(state)
         elif entry.kind == "rollback":
-            state = rolled_back(state, _target(ledger, snapshots, manifest, entry, skip=skip))
+            target = targets.take(entry) or _earlier_target(ledger, snapshots, manifest, entry, skip=skip)
+            state = rolled_back(state, target)
         elif entry.outcome in ("merged", "buffered"):
             state = _apply(strategy, state, entry, manifest, ledger, is_void=entry.party == skip)
         if state.version != entry.version:
             raise DamagedError(f"{ledger.name}: entry {entry.seq} should make version {entry.version}, not {state.version}")
         state = bases.add(strategy, state)
+        targets.pass_by(state)
         current = replace(current, state=state, seq=entry.seq, merging=merging, entry=entry)
         yield current
+
+
+class _Targets:
+    """The models that later rollbacks go back to, kept from when replay passes them until the last of those rollbacks."""
+
+    def __init__(self, ledger: Ledger, *, after: int) -> None:
+        rollbacks = [entry for entry in ledger.entries_of("rollback") if entry.seq > after]
+        self._last_use = {entry.base_version: entry.seq for entry in rollbacks}
+        self._kept: dict[int, State] = {}
+
+    def pass_by(self, state: State) -> None:
+        if state.version in self._last_use and state.version not in self._kept:
+            self._kept[state.version] = State(version=state.version, model=state.model.copy())
+
+    def take(self, entry: Entry) -> State | None:
+        """None where replay began after it."""
+        version = entry.base_version or 0
+        is_last = self._last_use.get(version) == entry.seq
+        return self._kept.pop(version, None) if is_last else self._kept.get(version)
 
 
 def rolled_back(state: State, target: State) -> State:
@@ -249,7 +272,7 @@ def rolled_back(state: State, target: State) -> State:
     return State(version=state.version + 1, model=target.model.copy())
 
 
-def _target(ledger: Ledger, snapshots: Snapshots, manifest: Manifest, entry: Entry, *, skip: str | None) -> State:
+def _earlier_target(ledger: Ledger, snapshots: Snapshots, manifest: Manifest, entry: Entry, *, skip: str | None) -> State:
     """What a rollback went back to: made again, or where compaction took away what that needs, as it was kept."""
     version = entry.base_version or 0
     rows = snapshot_rows(ledger)

@@ -126,7 +126,7 @@ class Aggregator:
         self._stopped = asyncio.Event()
         self._frame_waits = asyncio.Event()
         self._failure: Exception | None = None
-        self._is_open = False
+        self._is_open = self._is_elected = False
         self._has_led = asyncio.Event()
         self._fenced_at: list[float] = []
         self._ledger_thread = ThreadPoolExecutor(1, thread_name_prefix="ledger")
@@ -162,7 +162,7 @@ class Aggregator:
 
     async def _sessions(self, open_state: Callable[[], None]) -> None:
         """Until one ends by itself. A federation that is over stays until its last frame is out."""
-        backoff = Backoff()
+        backoff, ledger_backoff = Backoff(), Backoff()
         was_up = is_done = False
         while not (is_done or self._stopped.is_set()):
             try:
@@ -172,8 +172,10 @@ class Aggregator:
                 ):
                     was_up = True
                     backoff.reset()
-                    if await self._is_elected(transport, candidate):
+                    self._is_elected = await self._election(transport, candidate)
+                    if self._is_elected:
                         await self._begin_to_lead(open_state)
+                        ledger_backoff.reset()
                         await self._session(transport, candidate)
                         # Before the lead is given up: whoever takes it finds all that we have.
                         await self._close()
@@ -189,8 +191,8 @@ class Aggregator:
             except* (StorageUnavailableError, StorageInUseError) as lost:
                 # In use: a leader that is frozen in the middle of a commit keeps SQLite's lock until it is thawed or killed.
                 self._forget_state()
-                log.warning("ledger lost, trying again", reason=str(first_of(lost)), wait_s=round(backoff.next_s, 1))
-                await backoff.wait(unless=self._stopped)
+                log.warning("ledger lost, trying again", reason=str(first_of(lost)), wait_s=round(ledger_backoff.next_s, 1))
+                await ledger_backoff.wait(unless=self._stopped)
             except* FencedError as fenced:
                 self._forget_state()
                 log.warning("the ledger was taken: standing by", reason=str(first_of(fenced)))
@@ -198,6 +200,7 @@ class Aggregator:
 
     def _forget_state(self) -> None:
         """It is made anew from the ledger when this aggregator leads again."""
+        self._is_elected = False
         self._failure = None
         self._is_open = False
 
@@ -217,7 +220,7 @@ class Aggregator:
                 "leader on this broker: does it work on another broker?"
             ) from fenced
 
-    async def _is_elected(self, transport: Transport, candidate: Candidate) -> bool:
+    async def _election(self, transport: Transport, candidate: Candidate) -> bool:
         """Waits until nobody else leads; False if it is stopped before."""
         async with asyncio.TaskGroup() as group:
             election = group.create_task(candidate.elected())
@@ -257,13 +260,14 @@ class Aggregator:
 
     async def _begin_to_lead(self, open_state: Callable[[], None]) -> None:
         """With the state in memory, where nobody else led since; else with what the ledger has."""
-        if not (self._is_open and await self._in_ledger(lambda: self._coordinator.is_leading)):
+        if not (self._is_open and await self._in_ledger(self._coordinator.is_leading)):
             self._is_open = False
             await self._let_operator_finish()
             await self._in_ledger(open_state)
             self._is_open = True
         self._has_led.set()
-        self._on_lead()
+        if not self._coordinator.is_over:
+            self._on_lead()
         if self._coordinator.goal_reached():
             await self._finish()
 
@@ -285,7 +289,7 @@ class Aggregator:
             return
         async with asyncio.TaskGroup() as group:
             group.create_task(self._publish_frames(transport))
-            beside = (self._watch_accuracy(transport), self._tick(), candidate.keep())
+            beside = (self._watch_accuracy(transport), self._tick(), candidate.keep(), self._bind_parties(transport))
             others = [group.create_task(service) for service in beside]
             await self._merge_updates(transport)
             for task in others:
@@ -296,20 +300,27 @@ class Aggregator:
         await self._tell(transport, "aggregator.stopped", {"over": self._coordinator.is_over})
 
     async def _declare(self, transport: Transport) -> None:
-        """What is shared. Where somebody deleted the updates queue, the bindings of the parties went with it, and they may not
-        bind.
-        """
-        was_there = await transport.has_queue(self._names.updates)
+        """What is shared."""
+        if not await transport.has_queue(self._names.updates):
+            log.warning("the updates queue is not there: it is made, and the parties are bound to it")
         await transport.declare(self._topology)
-        if was_there:
-            return
-        for name in await self._known_parties():
-            try:
-                await transport.declare(Topology(bindings=(Binding(self._names.up(name), self._names.updates),)))
-            except NotFoundError:
-                log.info("a party that sent updates is enrolled no more", party=name)
-            else:
-                log.warning("the updates queue was not there: the party is bound to it again", party=name)
+
+    async def _bind_parties(self, transport: Transport) -> None:
+        """In every session: where somebody deleted the updates queue, the bindings of the parties went with it, they may not
+        bind, and whoever declared it again may have been killed in the middle."""
+        parties = await self._known_parties()
+        bindings = tuple(Binding(self._names.up(party), self._names.updates) for party in parties)
+        try:
+            await transport.declare(Topology(bindings=bindings))
+        except NotFoundError:
+            for party, binding in zip(parties, bindings, strict=True):
+                await self._bind(transport, party, binding)
+
+    async def _bind(self, transport: Transport, party: str, binding: Binding) -> None:
+        try:
+            await transport.declare(Topology(bindings=(binding,)))
+        except NotFoundError:
+            log.info("a party that sent updates is enrolled no more", party=party)
 
     async def _merge_updates(self, transport: Transport) -> None:
         """Three stages that work at the same time; each group of messages passes through them in order.
@@ -522,12 +533,13 @@ class Aggregator:
             try:
                 if self._is_open:
                     await self._finish()
-                else:
+                elif not self._is_elected:
                     self.stop()
             except FencedError:
-                self.stop()
+                self._is_open = False
             except (StorageUnavailableError, StorageInUseError):
-                await backoff.wait(unless=self._stopped)
+                log.warning("the federation's time is over, and its ledger does not answer: trying again")
+            await backoff.wait(unless=self._winding_down)
 
     async def _tell(
         self,

@@ -8,7 +8,9 @@ import hashlib
 import json
 import os
 import re
+import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +26,7 @@ from broker_fl.errors import ConfigurationError, DamagedError
 from broker_fl.parameters import Vector, flatten, unflatten
 from schemas.manifest import Manifest
 
-_OURS = re.compile(r"model-[0-9a-f]{8}-v\d{8,}-s\d{8,}-e(\d{4,})\.safetensors(?:\.part)?")
+_OURS = re.compile(r"model-[0-9a-f]{8}-v\d{8,}-s\d{8,}-e(\d{4,})-[0-9a-f]{8}\.safetensors(?:\.part)?")
 _BUFFER = "broker_fl.buffer"
 _BASE = "broker_fl.base."
 
@@ -43,8 +45,8 @@ class Snapshots:
         self._manifest = manifest
 
     def write(self, state: State, *, seq: int, ledger: str, epoch: int) -> Stored:
-        """Durable when it returns. A leader that was replaced, and does not know it yet, has another `epoch`, and writes another
-        file. Raises StorageFullError, StorageError.
+        """Durable when it returns, under a name that nobody else writes. The `epoch` of who leads tells a later leader whether
+        somebody may still name it in the ledger. Raises StorageFullError, StorageError.
         """
         tensors: dict[str, NDArray[np.float32]] = unflatten(state.model, self._manifest)
         facts = {"version": str(state.version), "seq": str(seq), "format": "pt"}
@@ -54,7 +56,7 @@ class Snapshots:
         bases = {f"{_BASE}{version}": base for version, base in state.bases.items()}
         tensors = {**tensors, **bases}
         data = save(tensors, metadata=facts)
-        file = f"{_prefix(ledger)}v{state.version:08d}-s{seq:08d}-e{epoch:04d}.safetensors"
+        file = f"{_prefix(ledger)}v{state.version:08d}-s{seq:08d}-e{epoch:04d}-{uuid.uuid4().hex[:8]}.safetensors"
         with storage_errors(f"{self._root}/{file}"):
             self._write_whole(file, data)
         return Stored(file, hashlib.sha256(data).hexdigest())
@@ -98,7 +100,7 @@ class Snapshots:
         path = f"{self._root}/{file}"
         with storage_errors(path):
             filesystem, name = fsspec.core.url_to_fs(path)
-            if filesystem.exists(name):
+            with suppress(FileNotFoundError):
                 filesystem.rm_file(name)
 
     def _write_whole(self, file: str, data: bytes) -> None:
@@ -128,7 +130,11 @@ def write_model(model: Vector, file: Path, *, manifest: Manifest, facts: Mapping
     with storage_errors(str(file)):
         try:
             with file.open("xb") as sink:
-                sink.write(data)
+                try:
+                    sink.write(data)
+                except OSError:
+                    file.unlink()
+                    raise
         except FileExistsError as exc:
             raise ConfigurationError(f"{file} exists already: move it away first") from exc
 

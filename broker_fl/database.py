@@ -36,6 +36,8 @@ _LOCK_NOT_AVAILABLE = "55P03"
 _GONE = ("08", "57P")
 """SQLSTATE classes: the connection failed; an administrator or a crash ended it, or the server is starting."""
 _NO_ROOM = "53100"
+_DAMAGED = ("22", "23", "XX")
+"""Data that cannot be, constraints that do not hold, files that are broken; the others are of rights, settings and limits."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -104,22 +106,25 @@ def display_name(url: str) -> str:
 
 
 def _parsed(url: str) -> URL:
+    expected = "expected a database URL, as in postgresql+psycopg://user:password@host/database (in a password, @ is %40)"
     try:
-        return make_url(url)
+        parsed = make_url(url)
     except (ArgumentError, ValueError):
         # Its message could show a part of the password.
-        raise ConfigurationError("expected a database URL, as in postgresql+psycopg://user:password@host/database") from None
+        raise ConfigurationError(expected) from None
+    if parsed.get_backend_name() not in ("sqlite", "postgresql") or "@" in (parsed.host or ""):
+        raise ConfigurationError(expected)
+    return parsed
 
 
 def _server(url: str) -> Engine:
-    options = {
+    arguments = {
         "connect_timeout": _CONNECT_TIMEOUT_S,
         "options": f"-c idle_in_transaction_session_timeout={_IDLE_TRANSACTION_MS}",
         # Nobody else's, so that `end_session` ends nobody else.
         "application_name": f"broker-fl-{uuid.uuid4().hex}",
     }
-    is_postgresql = _parsed(url).get_backend_name() == "postgresql"
-    return create_engine(url, poolclass=StaticPool, connect_args=options if is_postgresql else {}, hide_parameters=True)
+    return create_engine(url, poolclass=StaticPool, connect_args=arguments, hide_parameters=True)
 
 
 @contextmanager
@@ -197,7 +202,11 @@ def give_room_back(connection: Connection, name: str) -> None:
     if connection.dialect.name == "sqlite":
         with storage_errors(name):
             # Not within a transaction, which SQLAlchemy would begin.
-            connection.connection.cursor().execute("VACUUM")
+            cursor = connection.connection.cursor()
+            try:
+                cursor.execute("VACUUM")
+            except sqlite3.Error as exc:
+                raise OperationalError("VACUUM", None, exc) from exc
 
 
 @contextmanager
@@ -210,6 +219,9 @@ def storage_errors(what: str) -> Iterator[None]:
     except DatabaseError as exc:
         if exc.connection_invalidated:
             raise _gone(what, exc) from exc
+        state = getattr(exc.orig, "sqlstate", None)
+        if state is not None and not state.startswith(_DAMAGED):
+            raise StorageError(f"{what} cannot be used: {' '.join(str(exc.orig).split())}") from exc
         raise DamagedError(f"{what} is damaged ({exc.orig}): restore it from a backup; it is left as it is") from exc
     except OSError as exc:
         if exc.errno in _FULL:

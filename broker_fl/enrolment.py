@@ -45,6 +45,12 @@ async def list_parties(management: Management, settings: Settings) -> list[str]:
     return sorted(queue.name.removeprefix(prefix) for queue in await management.queues(prefix))
 
 
+async def ask_parties(settings: Settings) -> list[str]:
+    """Of the broker, on a connection of its own. Raises BrokerError."""
+    async with management_of(settings.broker) as management:
+        return await list_parties(management, settings)
+
+
 async def remove_party(management: Management, settings: Settings, name: str) -> None:
     """The user first, which closes its connections; then what was its own. Its updates in the queue are still merged."""
     if name not in await list_parties(management, settings):

@@ -15,6 +15,9 @@ Argument = str | int | bool
 
 MIB = 1 << 20
 
+MOST_TOKENS = 4
+"""That wait in the queue of the leaders; each aggregator that connects brings one. The one that is kept does not wait."""
+
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
@@ -129,7 +132,7 @@ def leadership(federation: str) -> Topology:
     names = Names(federation)
     return Topology(
         exchanges=(Exchange(names.leader, "fanout"),),
-        queues=(Queue(names.leader, "quorum", {"x-single-active-consumer": True}),),
+        queues=(Queue(names.leader, "quorum", {"x-single-active-consumer": True, "x-max-length": MOST_TOKENS}),),
         bindings=(Binding(names.leader, names.leader),),
     )
 

@@ -188,9 +188,10 @@ class Outbox:
             )
         )
 
-    def to_send(self, *, sent_before: float) -> StoredUpdate | None:
-        """The first one that the broker never confirmed, or confirmed before that time without a receipt since."""
-        due = _UPDATES.c.sent_at.is_(None) | (_UPDATES.c.sent_at < sent_before)
+    def to_send(self, *, sent_before: float, now: float) -> StoredUpdate | None:
+        """The first one that the broker never confirmed, or confirmed before that time without a receipt since, or by a clock
+        that was ahead."""
+        due = _UPDATES.c.sent_at.is_(None) | (_UPDATES.c.sent_at < sent_before) | (_UPDATES.c.sent_at > now)
         with self._reading():
             row = (
                 self._connection.execute(select(_UPDATES).where(due).order_by(_UPDATES.c.sequence).limit(1))

@@ -55,6 +55,9 @@ _RESEND_AFTER_AT_MOST_S = 3600.0
 """A confirmed update without a receipt is sent again after a while: the aggregator answers what it decided before. The while
 doubles as long as nobody answers, so that an aggregator that is away finds few copies."""
 
+_CLOCK_GRACE_S = 60.0
+"""What was sent later than that by its mark was marked by another clock, before it was set back."""
+
 _KEEP_AFTER_S = 0.1
 """A model that was received is kept on the disk a moment later, so that training does not wait for it."""
 
@@ -169,6 +172,7 @@ class Worker:
                 await asyncio.shield(asyncio.to_thread(executor.shutdown, cancel_futures=True))
 
     async def _sessions(self) -> None:
+        loop = asyncio.get_running_loop()
         backoff = Backoff()
         held_since: float | None = None
         while True:
@@ -184,8 +188,8 @@ class Worker:
                 held_since = None
                 log.warning("no broker, trying again", reason=str(first_of(lost)), wait_s=round(backoff.next_s, 1))
             except* QueueInUseError as held:
-                held_since = held_since or self._clock()
-                if self._clock() - held_since > self._link.inbox_grace_s:
+                held_since = held_since or loop.time()
+                if loop.time() - held_since > self._link.inbox_grace_s:
                     raise QueueInUseError(f"another worker already serves party {self._identity.party!r}") from held
                 log.warning("the inbox is held by another worker, or by a lost connection: waiting", party=self._identity.party)
             await backoff.wait(unless=self._ended)
@@ -301,11 +305,9 @@ class Worker:
     async def _send_updates(self, transport: Transport) -> None:
         while True:
             self._update_waits.clear()
-            sent_before = self._clock() - self._resend_after_s
-            is_resending = False
-            while (
-                stored := await self._in_outbox(lambda before: self._outbox.to_send(sent_before=before), sent_before)
-            ) is not None:
+            now, is_resending = self._clock(), False
+            due = partial(self._outbox.to_send, sent_before=now - self._resend_after_s, now=now + _CLOCK_GRACE_S)
+            while (stored := await self._in_outbox(due)) is not None:
                 is_resending = is_resending or stored.sent_at is not None
                 await self._send(transport, stored)
             if is_resending:

@@ -1,5 +1,6 @@
 """`broker-fl aggregator`."""
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -65,10 +66,12 @@ async def _serve(settings: "Settings", config: Path | None, flags: options.Flags
     from broker_fl.cli.evaluator import evaluator_process
     from broker_fl.cli.running import serve
     from broker_fl.cli.wiring import built_aggregator
+    from broker_fl.enrolment import ask_parties
     from broker_fl.transports.amqp import amqp_connect
 
     async with evaluator_process(settings, config, flags) as evaluator:
-        with built_aggregator(settings, amqp_connect(settings.broker), on_lead=evaluator.begin) as built:
+        connect, enrolled = amqp_connect(settings.broker), partial(ask_parties, settings)
+        with built_aggregator(settings, connect, on_lead=evaluator.begin, enrolled=enrolled) as built:
             await _apply_policies(settings, built.manifest)
             service = built.service
             await serve(service.run(built.open_state), service.stop, until_stdin_closes=until_stdin_closes)

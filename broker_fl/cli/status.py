@@ -67,13 +67,21 @@ def command(
     config: options.Config = None,
     broker: options.Broker = None,
     state: options.State = None,
+    ledger: options.Ledger = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
     sets: options.Sets = None,
 ) -> None:
     """Show versions, parties, queues, staleness and bytes, from the ledger and the broker's management API."""
-    settings = options.load(config, options.flags_of({"broker.url": broker, "aggregator.state": state}, sets))
+    from broker_fl.errors import StorageUnavailableError
+
+    settings = options.load(
+        config, options.flags_of({"broker.url": broker, "aggregator.state": state, "aggregator.ledger": ledger}, sets)
+    )
     status = Status(settings.federation.name)
-    _ask_ledger(settings, status)
+    try:
+        _ask_ledger(settings, status)
+    except StorageUnavailableError as exc:
+        status.missing.append(f"versions, bytes and staleness: {exc}")
     asyncio.run(_ask_broker(settings, status))
     if as_json:
         typer.echo(json.dumps(asdict(status)))

@@ -9,8 +9,7 @@ from aggregator.ledger import Ledger, open_ledger, open_ledger_for_reading
 from aggregator.recovery import manifest_of_ledger
 from aggregator.snapshots import Snapshots
 from broker_fl.config import Settings
-from broker_fl.database import display_name, is_there, sqlite_url
-from broker_fl.errors import ConfigurationError
+from broker_fl.database import sqlite_url
 from schemas.manifest import Manifest
 
 
@@ -33,12 +32,7 @@ def stores_for_reading(settings: Settings) -> Iterator[tuple[Ledger, Snapshots]]
 @contextmanager
 def stores_for_writing(settings: Settings) -> Iterator[tuple[Ledger, Snapshots]]:
     """The same, to change something; never makes a ledger."""
-    url = ledger_url(settings)
-    if not is_there(url):
-        raise ConfigurationError(
-            f"there is no ledger at {display_name(url)}: name the aggregator's folder by --state, or its --ledger"
-        )
-    with open_ledger(url) as ledger:
+    with open_ledger(ledger_url(settings), may_create=False) as ledger:
         yield ledger, snapshots_of(settings, manifest_of_ledger(ledger))
 
 

@@ -1,7 +1,7 @@
 """Puts the rooms together: services made from settings, with whatever broker they are given."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +21,6 @@ from broker_fl.codecs.budget import fitted
 from broker_fl.codecs.codec import parse_codec
 from broker_fl.config import Settings
 from broker_fl.database import make_folder
-from broker_fl.enrolment import list_parties, management_of
 from broker_fl.errors import ConfigurationError
 from broker_fl.parameters import Vector
 from broker_fl.tasks.device import choose_device
@@ -61,9 +60,14 @@ class BuiltAggregator:
 
 @contextmanager
 def built_aggregator(
-    settings: Settings, connect: Connect, *, on_lead: Callable[[], None] = lambda: None
+    settings: Settings,
+    connect: Connect,
+    *,
+    on_lead: Callable[[], None] = lambda: None,
+    enrolled: Callable[[], Awaitable[Sequence[str]]] | None = None,
 ) -> Iterator[BuiltAggregator]:
-    """Raises ConfigurationError, DataError, StorageError. `on_lead` is called when it begins to lead the federation."""
+    """Raises ConfigurationError, DataError, StorageError. `on_lead` is called when it begins to lead the federation, `enrolled`
+    asks for the names of all parties."""
     up, down = parse_codec(settings.codec.up), parse_codec(settings.codec.down)
     task = task_of(settings)
     _, manifest, model = initial(task, settings.task.data, settings.task.seed)
@@ -95,14 +99,9 @@ def built_aggregator(
             clock=time.time,
             seconds=settings.aggregator.seconds,
             on_lead=on_lead,
-            enrolled=partial(_enrolled, settings),
+            enrolled=enrolled,
         )
         yield BuiltAggregator(service, partial(coordinator.open, model), coordinator, manifest)
-
-
-async def _enrolled(settings: Settings) -> list[str]:
-    async with management_of(settings.broker) as management:
-        return await list_parties(management, settings)
 
 
 @contextmanager

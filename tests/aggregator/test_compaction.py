@@ -3,14 +3,16 @@ from contextlib import ExitStack
 import pytest
 from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
+from sqlalchemy import delete
 
 from aggregator.compaction import compact
 from aggregator.history import model_of, roll_back
+from aggregator.records import SNAPSHOTS
 from aggregator.recovery import recover
 from aggregator.snapshots import Snapshots
 from aggregator.verification import verify
 from broker_fl.config import MergingSettings
-from broker_fl.errors import DamagedError
+from broker_fl.errors import DamagedError, FencedError
 from broker_fl.parameters import digest
 
 DELTA = MergingSettings(max_staleness=100)
@@ -346,13 +348,56 @@ def test_aggregator_that_starts_during_a_compaction_does_not_sweep_its_snapshot_
     with bench.coordinator(merging=DELTA) as coordinator, bench.ledger() as ledger:
         snapshots = Interrupted(str(bench.folder / "snapshots"), bench.manifest)
         snapshots.then = lambda: coordinator.open(bench.initial)
-        try:
+        with pytest.raises(FencedError, match="changed hands meanwhile, and nothing was dropped: run it again"):
             compact(ledger, snapshots, keep=2)
-        except DamagedError:
-            # It may notice that its snapshot is gone, if it drops nothing then.
-            assert len(_payloads(bench)) == 10
+        assert len(_payloads(bench)) == 10
         assert _lead_was_taken(bench)
+        assert _verify(bench).model_digest == live
+        # What the interrupted one left behind goes with the next start.
+        coordinator.open(bench.initial)
+        assert {file.name for file in (bench.folder / "snapshots").iterdir()} == {row.file for row in ledger.snapshots()}
+        snapshots.then = lambda: None
+        assert compact(ledger, snapshots, keep=2).payloads == 8
     assert _verify(bench).model_digest == live
+
+
+def test_leader_that_ends_after_all_was_compacted_under_it_leaves_the_snapshot_that_is_left_alone(bench):
+    with bench.opened(merging=DELTA, snapshot_every_versions=1000) as coordinator:
+        for seed in range(4):
+            _send(bench, coordinator, seed)
+            bench.publish(coordinator)
+        assert _compact(bench, 0).replays_from == 4
+        (left,) = (bench.folder / "snapshots").iterdir()
+        before = left.read_bytes()
+        coordinator.close()
+        assert left.read_bytes() == before
+    assert _verify(bench).version == 4
+
+
+def test_aggregator_whose_start_is_overtaken_by_a_compaction_goes_on_from_what_that_left(bench):
+    live = _ten_versions(bench)
+
+    class Overtaken(Snapshots):
+        is_first = True
+
+        def read(self, stored):
+            state = super().read(stored)
+            if self.is_first:
+                Overtaken.is_first = False
+                _compact(bench, 0)
+            return state
+
+    for file in sorted((bench.folder / "snapshots").iterdir())[1:]:
+        file.unlink()  # So that replay begins far back.
+    with bench.ledger() as ledger:
+        for row in ledger.snapshots()[1:]:
+            with ledger.transaction():
+                ledger._connection.execute(delete(SNAPSHOTS).where(SNAPSHOTS.c.seq == row.seq))
+    with bench.coordinator(merging=DELTA) as coordinator:
+        coordinator._snapshots = Overtaken(str(bench.folder / "snapshots"), bench.manifest)
+        coordinator.open(bench.initial)
+        assert not Overtaken.is_first
+        assert coordinator.model_digest() == live
 
 
 def _lead_was_taken(bench):

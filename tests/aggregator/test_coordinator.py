@@ -844,3 +844,26 @@ def test_copy_that_somebody_put_beside_the_snapshots_is_left_alone(bench, name):
     with bench.opened():
         pass
     assert copy.exists()
+
+
+def test_clock_that_is_set_back_does_not_make_a_buffer_wait_for_the_old_time(bench):
+    merging = MergingSettings(strategy="fedbuff", buffer_size=3, buffer_timeout_s=60.0)
+    with bench.opened(merging=merging) as coordinator:
+        (base,) = bench.frames()
+        coordinator.decide([bench.arrival(bench.update(base=base))])
+        coordinator.tick()
+        assert coordinator.version == 0
+        bench.clock.now -= 7 * 24 * 3600
+        coordinator.tick()
+        assert coordinator.version == 1
+
+
+def test_clock_that_is_set_back_lets_half_sent_updates_expire(bench):
+    with bench.opened(parts_expire_s=60.0) as coordinator:
+        (base,) = bench.frames()
+        first, *_ = bench.arrivals(bench.update(base=base), part_bytes=1024, limit_bytes=0)
+        coordinator.decide([first])
+        bench.clock.now -= 7 * 24 * 3600
+        coordinator.tick()
+        with bench.ledger() as ledger:
+            assert ledger.parts_of("ann") == 0

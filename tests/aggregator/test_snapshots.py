@@ -1,4 +1,5 @@
 import hashlib
+import re
 
 import fsspec
 import numpy as np
@@ -8,7 +9,7 @@ from safetensors.numpy import load_file
 
 from aggregator.merging.fold import Buffer, Contribution, State
 from aggregator.merging.strategies import build_strategy
-from aggregator.snapshots import Snapshots, Stored
+from aggregator.snapshots import Snapshots, Stored, epoch_of
 from broker_fl.codecs.delta import Delta
 from broker_fl.config import MergingSettings
 from broker_fl.errors import DamagedError, StorageError
@@ -81,10 +82,13 @@ def test_any_tool_finds_the_models_own_names_in_the_file(snapshots, tmp_path):
 
 
 def test_file_is_named_after_its_version_and_entry(snapshots):
-    assert (
-        snapshots.write(full_state(), seq=9, ledger="ab" * 16, epoch=3).file
-        == "model-abababab-v00000007-s00000009-e0003.safetensors"
-    )
+    files = [snapshots.write(full_state(), seq=9, ledger="ab" * 16, epoch=3).file for _ in range(2)]
+    for file in files:
+        assert re.fullmatch(r"model-abababab-v00000007-s00000009-e0003-[0-9a-f]{8}\.safetensors", file)
+        assert epoch_of(file) == 3
+    assert files[0] != files[1]
+    assert snapshots.files("ab" * 16) == sorted(files)
+    assert snapshots.files("cd" * 16) == []
 
 
 def test_no_half_written_file_is_left(snapshots, tmp_path):
@@ -114,7 +118,9 @@ def _one_bit_off(file):
 def test_damaged_snapshot_is_named(snapshots, tmp_path, damage):
     stored = snapshots.write(full_state(), seq=9, ledger="ab" * 16, epoch=3)
     damage(tmp_path / stored.file)
-    with pytest.raises(DamagedError, match=r"model-abababab-v00000007-s00000009-e0003\.safetensors.*restore it from a backup"):
+    with pytest.raises(
+        DamagedError, match=r"model-abababab-v00000007-s00000009-e0003-\w{8}\.safetensors.*restore it from a backup"
+    ):
         snapshots.read(stored)
 
 
@@ -134,7 +140,7 @@ def test_snapshot_in_the_place_of_a_folder_is_a_storage_error(snapshots, tmp_pat
 
 def test_folder_that_cannot_be_written_is_a_storage_error_that_names_the_file(tmp_path):
     (tmp_path / "file").write_text("no folder")
-    with pytest.raises(StorageError, match=r"file/model-abababab-v00000007-s00000009-e0003\.safetensors"):
+    with pytest.raises(StorageError, match=r"file/model-abababab-v00000007-s00000009-e0003-\w{8}\.safetensors"):
         Snapshots(str(tmp_path / "file"), MANIFEST).write(full_state(), seq=9, ledger="ab" * 16, epoch=3)
 
 

@@ -129,11 +129,11 @@ def test_ledger_that_is_not_there_is_named(bench):
         ("UPDATE bodies SET body = zeroblob(length(body)) WHERE kind = 'keyframe'", "keyframe of frame 3 is damaged"),
         (
             "UPDATE snapshots SET sha256 = 'ab' || substr(sha256, 3) WHERE version = 3",
-            r"model-\w{8}-v00000003-s00000004-e0001\.safetensors",
+            r"model-\w{8}-v00000003-s00000004-e0001-\w{8}\.safetensors",
         ),
         (
             "UPDATE snapshots SET seq = 3 WHERE version = 3",
-            r"snapshot model-\w{8}-v00000003-s00000004-e0001\.safetensors",
+            r"snapshot model-\w{8}-v00000003-s00000004-e0001-\w{8}\.safetensors",
         ),
     ],
 )

@@ -47,7 +47,7 @@ def test_who_leads_is_a_message_in_a_quorum_queue_that_one_consumer_at_a_time_ge
     (exchange,), (queue,), (binding,) = topology.exchanges, topology.queues, topology.bindings
     assert (exchange.name, exchange.kind) == (NAMES.leader, "fanout")
     assert queue.name == NAMES.leader
-    assert queue.all_arguments() == {"x-queue-type": "quorum", "x-single-active-consumer": True}
+    assert queue.all_arguments() == {"x-queue-type": "quorum", "x-single-active-consumer": True, "x-max-length": 4}
     assert (binding.exchange, binding.queue) == (NAMES.leader, NAMES.leader)
 
 

@@ -710,10 +710,10 @@ def test_half_sent_update_expires_by_its_newest_part(ledger):
         ledger.add_part(part(1, update_id="u" * 32, at=30.0))
         ledger.add_part(part(0, update_id="v" * 32, at=10.0))
         ledger.add_part(part(1, update_id="v" * 32, at=15.0))
-        assert ledger.expire_parts(before=20.0) == 1
+        assert ledger.expire_parts(before=20.0, after=1e12) == 1
         assert set(ledger.half_sent("ann")) == {"u" * 32}
-        assert ledger.expire_parts(before=20.0) == 0
-        assert ledger.expire_parts(before=31.0) == 1
+        assert ledger.expire_parts(before=20.0, after=1e12) == 0
+        assert ledger.expire_parts(before=31.0, after=1e12) == 1
 
 
 def test_last_codec_of_a_party_is_that_of_its_newest_update_that_could_be_read(ledger):
@@ -839,7 +839,7 @@ WRITES = {
     "that a frame is out": lambda ledger: ledger.mark_published(1, at=9.0),
     "a snapshot": lambda ledger: ledger.add_snapshot(SnapshotRow(1, 1, "mine.safetensors", "c" * 64, 9.0)),
     "a part": lambda ledger: ledger.add_part(part(1)),
-    "that parts expired": lambda ledger: ledger.expire_parts(before=100.0),
+    "that parts expired": lambda ledger: ledger.expire_parts(before=100.0, after=1e12),
     "a fact": lambda ledger: ledger.set_fact("over", "yes"),
     "no payloads any more": lambda ledger: ledger.drop_payloads(upto=2),
     "no snapshots any more": lambda ledger: ledger.drop_snapshots(before=9),
@@ -1195,8 +1195,9 @@ def test_server_that_cannot_be_used_is_named_without_the_password(postgresql, po
         ("", "expected a database URL"),
         ("user:hunter22@host/database", "expected a database URL"),
         ("postgresql+asyncpg://user:hunter22@host/database", "a driver that is not installed"),
-        ("nosql://user:hunter22@host/database", "a driver that is not installed"),
-        ("mysql://user:hunter22@host/database", "a driver that is not installed"),
+        ("nosql://user:hunter22@host/database", "expected a database URL"),
+        ("mysql://user:hunter22@host/database", "expected a database URL"),
+        ("postgresql+psycopg://user:hunt@er22@host/database", "in a password, @ is %40"),
         ("postgresql+psycopg://user:hunter22@host:port/database", "expected a database URL"),
     ],
 )

@@ -25,7 +25,7 @@ def add(outbox, *updates):
 
 def test_empty_outbox_has_nothing_to_send_and_begins_with_sequence_one(open_here):
     with open_here() as outbox:
-        assert outbox.to_send(sent_before=1e12) is None
+        assert outbox.to_send(sent_before=1e12, now=1e12) is None
         assert outbox.next_sequence() == 1
         assert outbox.residual("m") is None
         assert outbox.counters() == {}
@@ -37,7 +37,7 @@ def test_update_comes_back_byte_by_byte_after_the_process_ended(open_here):
     with open_here() as outbox:
         add(outbox, stored)
     with open_here() as outbox:
-        assert outbox.to_send(sent_before=0.0) == stored
+        assert outbox.to_send(sent_before=0.0, now=1e12) == stored
         assert outbox.unsettled(stored.update_id) == stored
         assert outbox.next_sequence() == 2
 
@@ -46,7 +46,7 @@ def test_updates_are_sent_in_the_order_of_their_sequence(open_here):
     with open_here() as outbox:
         add(outbox, update(1), update(2), update(3))
         order = []
-        while (stored := outbox.to_send(sent_before=0.0)) is not None:
+        while (stored := outbox.to_send(sent_before=0.0, now=1e12)) is not None:
             order.append(stored.sequence)
             with outbox.transaction():
                 outbox.mark_sent(stored.update_id, at=50.0)
@@ -58,8 +58,8 @@ def test_update_that_was_sent_long_ago_without_a_receipt_is_sent_again(open_here
         add(outbox, update(1))
         with outbox.transaction():
             outbox.mark_sent(update(1).update_id, at=50.0)
-        assert outbox.to_send(sent_before=50.0) is None
-        assert outbox.to_send(sent_before=50.1).body == b"update 1"
+        assert outbox.to_send(sent_before=50.0, now=1e12) is None
+        assert outbox.to_send(sent_before=50.1, now=1e12).body == b"update 1"
 
 
 def test_settled_update_is_gone_and_its_sequence_is_not_used_again(open_here):
@@ -69,7 +69,7 @@ def test_settled_update_is_gone_and_its_sequence_is_not_used_again(open_here):
             outbox.settle(update(1).update_id)
             outbox.settle("f" * 32)
         assert outbox.unsettled(update(1).update_id) is None
-        assert outbox.to_send(sent_before=1e12) is None
+        assert outbox.to_send(sent_before=1e12, now=1e12) is None
         assert outbox.next_sequence() == 2
 
 
@@ -125,7 +125,7 @@ def test_update_residual_and_counters_are_there_together_or_not_at_all(open_here
         fail()
     with open_here() as outbox:
         assert outbox.next_sequence() == 1
-        assert outbox.to_send(sent_before=1e12) is None
+        assert outbox.to_send(sent_before=1e12, now=1e12) is None
         assert outbox.residual("m" * 64) is None
         assert outbox.fact("trained_from") is None
         assert outbox.counters() == {}
@@ -150,7 +150,7 @@ READS = {
     "velocity": lambda outbox: outbox.velocity("m"),
     "held_model": lambda outbox: outbox.held_model(),
     "held_frames": lambda outbox: outbox.held_frames(),
-    "to_send": lambda outbox: outbox.to_send(sent_before=1.0),
+    "to_send": lambda outbox: outbox.to_send(sent_before=1.0, now=1e12),
     "unsettled": lambda outbox: outbox.unsettled("0" * 32),
     "unsettled_count": lambda outbox: outbox.unsettled_count(),
 }
@@ -198,3 +198,13 @@ def test_errors_of_whoever_uses_the_outbox_go_through_unchanged(open_here):
     for error in (TimeoutError("too late"), ConnectionResetError("gone")):
         with pytest.raises(type(error)), open_here():
             raise error
+
+
+def test_update_that_was_sent_by_a_clock_that_was_ahead_is_sent_again(open_here):
+    with open_here() as outbox:
+        stored = update(1)
+        with outbox.transaction():
+            outbox.add(stored)
+            outbox.mark_sent(stored.update_id, at=2000.0)
+        assert outbox.to_send(sent_before=500.0, now=3000.0) is None
+        assert outbox.to_send(sent_before=500.0, now=1000.0).update_id == stored.update_id
