@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from aggregator.broadcast import EXACT
+from aggregator.frames import changed_by, start_of_chain
 from aggregator.ledger import Ledger
 from aggregator.records import FrameRow, SnapshotRow
-from aggregator.recovery import begin, changed_by, manifest_of_ledger, replay, snapshot_rows, start_of_chain
+from aggregator.recovery import begin, manifest_of_ledger, replay, snapshot_rows
 from aggregator.snapshots import Snapshots, Stored
 from broker_fl.codecs.chain import rounded
 from broker_fl.errors import DamagedError, FencedError, StorageInUseError

@@ -4,26 +4,23 @@ One writer: whoever took the lead last. Whoever calls decides what belongs into 
 survives a crash, before it commits.
 """
 
-import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, replace
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Select, delete, func, insert, inspect, select, tuple_, update
+from sqlalchemy import ColumnElement, Connection, Select, delete, func, insert, select, tuple_, update
 from sqlalchemy.exc import IntegrityError
 
 from aggregator.chain import genesis, link
 from aggregator.records import (
     BODIES,
     ENTRIES,
-    FORMAT,
     FRAMES,
     LEAD,
     META,
     PARTS,
     SNAPSHOTS,
-    TABLES,
     Entry,
     FrameRow,
     FrameTotals,
@@ -33,20 +30,15 @@ from aggregator.records import (
     Total,
 )
 from broker_fl.database import (
-    display_name,
     end_session,
     give_room_back,
-    is_there,
     limited_wait,
-    open_database,
-    open_for_reading,
     reading,
-    storage_errors,
     writing,
 )
-from broker_fl.errors import ConfigurationError, DamagedError, FencedError, StorageInUseError
+from broker_fl.errors import DamagedError, FencedError, StorageInUseError
 
-_LEAD_ROW = 1
+LEAD_ROW = 1
 _READ_ENTRIES = 256
 _READ_BYTES = 32 << 20
 
@@ -89,7 +81,7 @@ class Ledger:
         """
         if epoch is None:
             return
-        same = update(LEAD).where(LEAD.c.id == _LEAD_ROW, LEAD.c.epoch == epoch).values(epoch=epoch)
+        same = update(LEAD).where(LEAD.c.id == LEAD_ROW, LEAD.c.epoch == epoch).values(epoch=epoch)
         if not self._connection.execute(same).rowcount:
             raise self._fenced()
 
@@ -108,7 +100,7 @@ class Ledger:
             self._take_lead(facts)
         except StorageInUseError:
             with self._reading():
-                before = self._connection.execute(select(LEAD.c.session).where(LEAD.c.id == _LEAD_ROW)).scalar_one()
+                before = self._connection.execute(select(LEAD.c.session).where(LEAD.c.id == LEAD_ROW)).scalar_one()
             if not end_session(self._connection, self.name, session=before):
                 raise
             self._take_lead(facts)
@@ -116,16 +108,16 @@ class Ledger:
     def _take_lead(self, facts: dict[str, object]) -> None:
         with writing(self._connection, self.name):
             session = limited_wait(self._connection)
-            same = update(LEAD).where(LEAD.c.id == _LEAD_ROW)
+            same = update(LEAD).where(LEAD.c.id == LEAD_ROW)
             self._connection.execute(same.values(epoch=LEAD.c.epoch + 1, session=session, **facts))
-            epoch = self._connection.execute(select(LEAD.c.epoch).where(LEAD.c.id == _LEAD_ROW)).scalar_one()
+            epoch = self._connection.execute(select(LEAD.c.epoch).where(LEAD.c.id == LEAD_ROW)).scalar_one()
         self._epoch = int(epoch)
 
     def let_go(self) -> None:
         """In order: it is known from now on that nobody is at work. Where somebody took the lead meanwhile, that stays."""
         if self._epoch is not None:
             with writing(self._connection, self.name):
-                same = update(LEAD).where(LEAD.c.id == _LEAD_ROW, LEAD.c.epoch == self._epoch)
+                same = update(LEAD).where(LEAD.c.id == LEAD_ROW, LEAD.c.epoch == self._epoch)
                 self._connection.execute(same.values(let_go=True))
 
     def lead(self) -> Lead | None:
@@ -476,72 +468,3 @@ def _storable(entry: Entry) -> Entry:
 
 def _droppable(upto: int) -> ColumnElement[bool]:
     return (ENTRIES.c.seq <= upto) & (ENTRIES.c.kind == "update") & ENTRIES.c.payload.is_not(None)
-
-
-@contextmanager
-def open_ledger_for_reading(url: str) -> Iterator[Ledger]:
-    """While its aggregator works or after. Raises ConfigurationError where there is none that it can read, StorageError."""
-    name = display_name(url)
-    if not is_there(url):
-        raise ConfigurationError(f"there is no ledger at {name}: name the aggregator's folder by --state, or its --ledger")
-    engine = open_for_reading(url)
-    try:
-        with storage_errors(name):
-            connection = engine.connect()
-        with connection:
-            with reading(connection, name):
-                is_made = inspect(connection).has_table(META.name)
-            if not is_made:
-                raise ConfigurationError(
-                    f"there is no ledger at {name}: name the aggregator's folder by --state, or its --ledger"
-                )
-            ledger = Ledger(connection, name)
-            _check_format(ledger)
-            yield ledger
-    finally:
-        engine.dispose()
-
-
-@contextmanager
-def open_ledger(url: str, *, may_create: bool = True) -> Iterator[Ledger]:
-    """Raises ConfigurationError, DamagedError, StorageError. The first opening gives the ledger its id."""
-    if not may_create:
-        with open_ledger_for_reading(url):
-            pass  # It is there.
-    engine = open_database(url, TABLES)
-    name = display_name(url)
-    try:
-        # Not around the yield: whoever uses the ledger has errors of the file system of their own.
-        with storage_errors(name):
-            connection = engine.connect()
-        with connection:
-            ledger = Ledger(connection, name)
-            if "ledger_id" not in ledger.facts():
-                _begin(connection, ledger)
-            _check_format(ledger)
-            yield ledger
-    finally:
-        engine.dispose()
-
-
-def _begin(connection: Connection, ledger: Ledger) -> None:
-    """A standby that starts at the same moment may be the one that does it."""
-    facts = {"ledger_id": uuid.uuid4().hex, "format": FORMAT}
-    try:
-        with ledger.transaction():
-            connection.execute(insert(META), [{"key": key, "value": value} for key, value in facts.items()])
-            nobody = {"id": _LEAD_ROW, "epoch": 0, "holder": "", "at": 0.0, "let_go": True, "is_brief": False, "session": ""}
-            connection.execute(insert(LEAD).values(**nobody))
-    except DamagedError as exc:
-        if not isinstance(exc.__cause__, IntegrityError):
-            raise
-
-
-def _check_format(ledger: Ledger) -> None:
-    facts = ledger.facts()
-    found = facts.get("format", "1")
-    if "ledger_id" in facts and found != FORMAT:
-        raise ConfigurationError(
-            f"{ledger.name} is in format {found}, this broker-fl writes format {FORMAT}: go on with the version that made it, "
-            "or name another state folder"
-        )

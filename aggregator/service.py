@@ -19,6 +19,7 @@ from aggregator.broadcast import announcement
 from aggregator.coordinator import Clock, Coordinator
 from aggregator.decisions import Arrival, PartBody, Verdict
 from aggregator.leadership import Candidate, candidacy
+from aggregator.messages import LEDGER, frame_messages, kind_of, quarantined, receipt_message, update_facts
 from aggregator.records import FrameRow
 from broker_fl.errors import (
     BrokerError,
@@ -36,9 +37,9 @@ from broker_fl.errors import (
 )
 from broker_fl.failpoints import reach
 from broker_fl.topology import Binding, Names, Topology
-from broker_fl.transports.parts import PART, PARTS, part_of, split
+from broker_fl.transports.parts import PART, part_of, split
 from broker_fl.transports.retry import Backoff
-from broker_fl.transports.transport import Connect, Delivery, Header, Message, Subscription, Transport
+from broker_fl.transports.transport import Connect, Delivery, Message, Subscription, Transport
 from schemas import wire
 from schemas.event import Event, EventKind, UpdateFacts
 
@@ -54,9 +55,6 @@ _GROUPS_AHEAD = 16
 """Groups that are examined while a commit waits for the disk; the prefetch bounds what is in them."""
 
 _NEWEST_FRAME_S = 0.5
-LEDGER = "x-fl-ledger"
-"""The header of a frame that says whose it is."""
-
 _OPERATOR_AT_MOST_S = 30.0
 _LOOK_FOR_OPERATOR_S = 0.05
 
@@ -401,22 +399,10 @@ class Aggregator:
             log.warning(
                 "update refused", reason=verdict.refused.reason, detail=verdict.refused.detail, exchange=delivery.exchange
             )
-            await transport.publish(_quarantined(self._names, delivery, verdict.refused))
+            await transport.publish(quarantined(self._names, delivery, verdict.refused))
         if verdict.receipt is not None:
-            receipt = Message(
-                self._names.receipts,
-                wire.encode(verdict.receipt),
-                routing_key=verdict.receipt.party,
-                message_id=verdict.receipt.update_id,
-                headers={
-                    "x-fl-outcome": verdict.receipt.outcome,
-                    "x-fl-version": verdict.receipt.version,
-                    "x-fl-codec": verdict.receipt.codec,
-                    "x-fl-bytes": verdict.receipt.bytes,
-                },
-            )
             try:
-                await transport.publish(receipt)
+                await transport.publish(receipt_message(self._names, verdict.receipt))
             except UnroutableError:
                 log.warning("no inbox for a receipt: was the party removed?", party=verdict.receipt.party)
 
@@ -455,24 +441,10 @@ class Aggregator:
         await self._tell_published(transport, announced)
 
     async def _publish_frame(self, transport: Transport, frame: FrameRow) -> None:
-        """First the keyframe, where there is one: whoever reads the frame may ask for it."""
-        common: dict[str, Header] = {
-            LEDGER: self._coordinator.ledger_id,
-            "x-fl-version": frame.version,
-            "x-fl-number": frame.number,
-            "x-fl-digest": frame.digest,
-            "x-fl-over": frame.over,
-        }
-        message_id = f"{frame.digest[:16]}-{frame.number}"
-        if frame.keyframe is not None:
-            codec = frame.keyframe_codec or ""
-            headers = {**common, "x-fl-kind": "keyframe", "x-fl-codec": codec, "x-fl-bytes": len(frame.keyframe)}
-            await self._publish_in_parts(transport, Message(self._names.keyframes, frame.keyframe, "", message_id, headers))
-            reach("aggregator.keyframe")
-        headers = {**common, "x-fl-kind": _kind(frame), "x-fl-codec": frame.codec, "x-fl-bytes": frame.size}
-        if frame.base is not None:
-            headers["x-fl-base"] = frame.base
-        await self._publish_in_parts(transport, Message(self._names.model, frame.body or b"", "", message_id, headers))
+        for message in frame_messages(self._names, frame, ledger_id=self._coordinator.ledger_id):
+            await self._publish_in_parts(transport, message)
+            if message.exchange == self._names.keyframes:
+                reach("aggregator.keyframe")
 
     async def _publish_in_parts(self, transport: Transport, message: Message) -> None:
         parts = split(message, part_bytes=self._pace.part_bytes, limit_bytes=self._pace.max_message_bytes)
@@ -483,10 +455,10 @@ class Aggregator:
                 reach("aggregator.frame-part")
 
     async def _tell_published(self, transport: Transport, frame: FrameRow) -> None:
-        log.info("model broadcast", version=frame.version, kind=_kind(frame), bytes=frame.size, over=frame.over)
+        log.info("model broadcast", version=frame.version, kind=kind_of(frame), bytes=frame.size, over=frame.over)
         facts: dict[str, int | float | str | bool] = {
             "number": frame.number,
-            "kind": _kind(frame),
+            "kind": kind_of(frame),
             "bytes": frame.size,
             "codec": frame.codec,
             "over": frame.over,
@@ -594,45 +566,3 @@ def arrive(delivery: Delivery, limits: Limits) -> Arrival:
         # A message that no check foresaw must not stop the aggregator.
         log.exception("a check failed on an update", party=sender.party, update_id=sender.update_id)
         return Arrival(sender, Refused("malformed", f"checking it failed: {exc}"), size)
-
-
-def _kind(frame: FrameRow) -> str:
-    return "announcement" if frame.base is None else "delta"
-
-
-def update_facts(verdicts: Sequence[Verdict]) -> tuple[UpdateFacts, ...]:
-    """For the event about them; parts that were put by are no update yet."""
-    return tuple(_facts(verdict) for verdict in verdicts if verdict.receipt or verdict.refused)
-
-
-def _facts(verdict: Verdict) -> UpdateFacts:
-    receipt, refused = verdict.receipt, verdict.refused
-    return UpdateFacts(
-        party=receipt.party if receipt else None,
-        outcome="duplicate" if verdict.is_duplicate else receipt.outcome if receipt else "refused",
-        staleness=receipt.staleness if receipt else 0,
-        weight=receipt.weight if receipt else 0.0,
-        bytes=verdict.size,
-        codec=verdict.codec,
-        reason=refused.reason if refused else None,
-    )
-
-
-_KEPT_HEADERS = ("x-fl-party", "x-fl-sequence", "x-fl-base-version", "x-fl-codec", "x-fl-bytes", PART, PARTS)
-_HEADER_LENGTH = 200
-
-
-def _quarantined(names: Names, delivery: Delivery, refused: Refused) -> Message:
-    """With known headers only, and short ones: all headers together must fit one frame, or the broker closes our connection."""
-    headers: dict[str, Header] = {key: _short(delivery.headers[key]) for key in _KEPT_HEADERS if key in delivery.headers}
-    headers |= {
-        "x-fl-reason": refused.reason,
-        "x-fl-detail": _short(refused.detail),
-        "x-fl-exchange": delivery.exchange,
-        "x-fl-user": delivery.user_id or "",
-    }
-    return Message(names.quarantine, delivery.body, message_id=delivery.message_id, headers=headers)
-
-
-def _short(value: Header) -> Header:
-    return value[:_HEADER_LENGTH] if isinstance(value, str) else value

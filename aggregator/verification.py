@@ -4,21 +4,10 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from aggregator.frames import changed_by, held_anew, open_whole, start_of_chain
 from aggregator.ledger import Ledger
 from aggregator.records import Entry, FrameRow, SnapshotRow
-from aggregator.recovery import (
-    Recovered,
-    changed_by,
-    checked_entries,
-    expect_model,
-    held_anew,
-    manifest_of_ledger,
-    merging_at,
-    open_whole,
-    replay,
-    snapshot_rows,
-    start_of_chain,
-)
+from aggregator.recovery import Recovered, checked_entries, expect_model, manifest_of_ledger, merging_at, replay, snapshot_rows
 from aggregator.snapshots import Snapshots, Stored
 from broker_fl.errors import BrokerFLError, DamagedError
 from broker_fl.parameters import Vector, digest, fingerprint

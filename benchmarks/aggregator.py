@@ -22,7 +22,7 @@ from aggregator.admission import Limits
 from aggregator.broadcast import BroadcastPlan
 from aggregator.coordinator import Coordinator, Rules
 from aggregator.decisions import Goal
-from aggregator.ledger import open_ledger
+from aggregator.opening import open_ledger
 from aggregator.service import Aggregator, Pace
 from aggregator.snapshots import Snapshots
 from benchmarks.report import parser, show

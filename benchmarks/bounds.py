@@ -36,7 +36,7 @@ import uvloop
 from pydantic import SecretStr
 from torch import Tensor, nn
 
-from aggregator.ledger import open_ledger_for_reading
+from aggregator.opening import open_ledger_for_reading
 from aggregator.spool import MAX_HALF_SENT
 from benchmarks.report import parser, show
 from broker_fl.cli.options import Flags, environment_of

@@ -27,7 +27,8 @@ from aggregator.admission import Limits
 from aggregator.broadcast import BroadcastPlan
 from aggregator.coordinator import Coordinator, Rules
 from aggregator.decisions import Goal
-from aggregator.ledger import Ledger, open_ledger
+from aggregator.ledger import Ledger
+from aggregator.opening import open_ledger
 from aggregator.service import Aggregator, Pace
 from aggregator.snapshots import Snapshots
 from benchmarks.aggregator import DISTINCT, FEDERATION, PARTY, Case, manifest_for, payloads, updates

@@ -34,7 +34,7 @@ from types import ModuleType
 import uvloop
 from pydantic import SecretStr
 
-from aggregator.ledger import open_ledger_for_reading
+from aggregator.opening import open_ledger_for_reading
 from aggregator.recovery import manifest_of_ledger
 from aggregator.snapshots import Snapshots
 from aggregator.verification import verify

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from aggregator.ledger import open_ledger_for_reading
+from aggregator.opening import open_ledger_for_reading
 from benchmarks.report import cores, parser, show
 from broker_fl.cli.demonstration.plan import DIGITS_EPOCHS
 from broker_fl.database import sqlite_url

@@ -25,7 +25,8 @@ from aggregator.admission import Examined, Limits, Sender, payload_digest
 from aggregator.broadcast import BroadcastPlan
 from aggregator.coordinator import Coordinator, Rules
 from aggregator.decisions import Arrival, Goal
-from aggregator.ledger import FrameRow, Ledger, open_ledger
+from aggregator.ledger import FrameRow, Ledger
+from aggregator.opening import open_ledger
 from aggregator.recovery import recover, recover_held
 from aggregator.snapshots import Snapshots
 from benchmarks.codec import delta, model

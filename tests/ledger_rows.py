@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from aggregator.admission import payload_digest
-from aggregator.ledger import open_ledger
+from aggregator.opening import open_ledger
 from aggregator.records import Entry, FrameRow, PartRow
 
 

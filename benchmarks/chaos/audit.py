@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from aggregator.ledger import Ledger, open_ledger_for_reading
+from aggregator.ledger import Ledger
+from aggregator.opening import open_ledger_for_reading
 from aggregator.records import Entry
 from aggregator.recovery import manifest_of_ledger
 from aggregator.verification import verify

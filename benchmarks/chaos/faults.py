@@ -289,7 +289,7 @@ async def _full(member: Member, *, everybody: bool, seconds: float) -> Hurt:
 
 
 def _latest_version(stage: Stage) -> int:
-    from aggregator.ledger import open_ledger_for_reading
+    from aggregator.opening import open_ledger_for_reading
 
     with open_ledger_for_reading(stage.ledger_url) as ledger:
         return ledger.latest_version()

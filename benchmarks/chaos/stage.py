@@ -10,7 +10,7 @@ from urllib.parse import quote, urlsplit
 
 from pydantic import SecretStr
 
-from aggregator.ledger import open_ledger_for_reading
+from aggregator.opening import open_ledger_for_reading
 from aggregator.snapshots import Snapshots
 from benchmarks.chaos.disk import Disk, disk
 from benchmarks.chaos.member import Member

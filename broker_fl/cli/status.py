@@ -90,7 +90,7 @@ def command(
 
 
 def _ask_ledger(settings: "Settings", status: Status) -> None:
-    from aggregator.ledger import open_ledger_for_reading
+    from aggregator.opening import open_ledger_for_reading
     from broker_fl.cli.stores import ledger_url
     from broker_fl.database import display_name, is_there
 

@@ -5,7 +5,8 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from aggregator.ledger import Ledger, open_ledger, open_ledger_for_reading
+from aggregator.ledger import Ledger
+from aggregator.opening import open_ledger, open_ledger_for_reading
 from aggregator.recovery import manifest_of_ledger
 from aggregator.snapshots import Snapshots
 from broker_fl.config import Settings

@@ -13,8 +13,8 @@ from aggregator.broadcast import BroadcastPlan
 from aggregator.coordinator import Coordinator, Rules
 from aggregator.decisions import Goal
 from aggregator.evaluator import Evaluator, Score
-from aggregator.ledger import open_ledger
 from aggregator.merging.strategies import build_strategy
+from aggregator.opening import open_ledger
 from aggregator.service import Aggregator, Pace
 from broker_fl.cli.stores import holder, ledger_url, snapshots_of
 from broker_fl.codecs.budget import fitted

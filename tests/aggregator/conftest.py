@@ -16,8 +16,8 @@ from aggregator.broadcast import BroadcastPlan
 from aggregator.chain import link
 from aggregator.coordinator import Coordinator, Rules
 from aggregator.decisions import Goal
-from aggregator.ledger import open_ledger, open_ledger_for_reading
 from aggregator.merging.strategies import build_strategy
+from aggregator.opening import open_ledger, open_ledger_for_reading
 from aggregator.records import ENTRIES
 from aggregator.service import Aggregator, Pace, arrive
 from aggregator.snapshots import Snapshots

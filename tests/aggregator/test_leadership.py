@@ -12,7 +12,7 @@ from aggregator.compaction import compact
 from aggregator.decisions import Goal
 from aggregator.history import roll_back
 from aggregator.leadership import candidacy
-from aggregator.ledger import open_ledger_for_reading
+from aggregator.opening import open_ledger_for_reading
 from aggregator.service import Aggregator, Pace
 from aggregator.snapshots import Snapshots
 from aggregator.verification import verify

@@ -6,7 +6,7 @@ import threading
 import pytest
 from ledger_rows import READS, append, begun_ledger, entry, part, with_keyframe
 
-from aggregator.ledger import open_ledger, open_ledger_for_reading
+from aggregator.opening import open_ledger, open_ledger_for_reading
 from broker_fl import database
 from broker_fl.database import sqlite_url
 from broker_fl.errors import ConfigurationError, DamagedError, FencedError, StorageError, StorageFullError, StorageInUseError

@@ -3,7 +3,7 @@ import sqlite3
 import pytest
 
 from aggregator.admission import payload_digest
-from aggregator.ledger import open_ledger_for_reading
+from aggregator.opening import open_ledger_for_reading
 from aggregator.recovery import manifest_of_ledger
 from aggregator.verification import verify
 from broker_fl.config import MergingSettings

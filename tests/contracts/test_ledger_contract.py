@@ -17,7 +17,7 @@ from sqlalchemy import event, make_url
 from aggregator import ledger as ledger_module
 from aggregator.admission import payload_digest
 from aggregator.chain import genesis, link
-from aggregator.ledger import open_ledger, open_ledger_for_reading
+from aggregator.opening import open_ledger, open_ledger_for_reading
 from aggregator.records import BODIES, ENTRIES, FRAMES, PARTS, SNAPSHOTS, Entry, FrameTotals, SnapshotRow
 from aggregator.recovery import checked_entries
 from broker_fl.database import sqlite_url

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 from command_line import Running, until
 
-from aggregator.ledger import Ledger, open_ledger_for_reading
+from aggregator.ledger import Ledger
+from aggregator.opening import open_ledger_for_reading
 from aggregator.records import Entry
 from aggregator.recovery import manifest_of_ledger
 from aggregator.snapshots import Snapshots

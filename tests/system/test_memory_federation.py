@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from aggregator.ledger import open_ledger_for_reading
+from aggregator.opening import open_ledger_for_reading
 from aggregator.recovery import manifest_of_ledger
 from aggregator.verification import verify
 from broker_fl.cli.stores import ledger_url, snapshots_of

@@ -14,8 +14,8 @@ from aggregator.admission import Limits
 from aggregator.broadcast import BroadcastPlan
 from aggregator.coordinator import Coordinator, Rules
 from aggregator.decisions import Goal
-from aggregator.ledger import open_ledger
 from aggregator.merging.strategies import build_strategy
+from aggregator.opening import open_ledger
 from aggregator.service import Aggregator, Pace
 from aggregator.snapshots import Snapshots
 from broker_fl.config import MergingSettings

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from aggregator.ledger import open_ledger_for_reading
+from aggregator.opening import open_ledger_for_reading
 from aggregator.recovery import manifest_of_ledger
 from broker_fl.cli.demonstration.figures import Figures
 from broker_fl.cli.stores import ledger_url
