@@ -13,7 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from benchmarks.chaos.audit import Audit, audit
-from benchmarks.chaos.faults import FAULTS, Hurt
+from benchmarks.chaos.faults import FAULTS, NEED_MOUNTS, Hurt
 from benchmarks.chaos.stage import PARTIES, Stage, staged, until_progress
 from workers.outbox import read_unsettled
 
@@ -110,6 +110,9 @@ async def run(
     """
     outcome = Outcome(seed, minutes)
     async with federation(folder, outcome, say=say, keep=keep) as stage, asyncio.TaskGroup() as group:
+        if not all(member.disk.can_be_full for member in stage.members.values()):
+            kinds = tuple(kind for kind in kinds if kind not in NEED_MOUNTS)
+            say(f"left out, since nothing may be mounted here: {', '.join(NEED_MOUNTS)}")
         watch = Watch(stage)
         watching = group.create_task(watch.run())
         await _hurt(stage, random.Random(seed), watch, minutes=minutes, kinds=kinds, outcome=outcome, say=say)

@@ -245,6 +245,9 @@ FAULTS: dict[str, Fault] = {
 }
 
 
+NEED_MOUNTS = ("full disk of the ledger", "full disk of an outbox")
+
+
 def _anybody(stage: Stage, dice: random.Random) -> Member:
     """The leader half of the time: it is where things meet."""
     return stage.leader if dice.random() < 0.5 else dice.choice(stage.workers)
@@ -283,9 +286,7 @@ async def _full(member: Member, *, everybody: bool, seconds: float) -> Hurt:
         await asyncio.sleep(seconds)
     finally:
         member.disk.make_room()
-    return Hurt(
-        "everybody" if everybody else member.name, "" if member.disk.can_be_full else "left out: nothing may be mounted here"
-    )
+    return Hurt("everybody" if everybody else member.name)
 
 
 def _latest_version(stage: Stage) -> int:
