@@ -68,7 +68,7 @@ _BROADCAST_S = 0.05
 
 _UP = "aggregator is up"
 _STANDS_BY = "standing by: another aggregator leads"
-_LOST = ("the ledger was taken", "broker lost")
+_LOST = ("the ledger was taken", "broker lost", "ledger lost")
 
 _PRIVATE_POSTGRESQL = Path(__file__).resolve().parent.parent / "tests/local_postgresql.py"
 
