@@ -176,7 +176,11 @@ async def full_ledger_disk(stage: Stage, dice: random.Random) -> Hurt:
 
 
 async def full_outbox_disk(stage: Stage, dice: random.Random) -> Hurt:
-    return await _full(dice.choice(stage.workers), everybody=False, seconds=dice.uniform(1, 3))
+    """When it starts: at work it writes over what it has, and needs no more room than it took in its first seconds."""
+    worker = dice.choice(stage.workers)
+    async with worker.stopped():
+        worker.disk.fill()
+    return await _full(worker, everybody=False, seconds=dice.uniform(1, 3))
 
 
 async def clock_jump(stage: Stage, dice: random.Random) -> Hurt:

@@ -2,7 +2,8 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 from benchmarks.chaos.disk import Disk
@@ -98,14 +99,22 @@ class Member:
         self._failpoint = failpoint
         self.kill()
 
+    @asynccontextmanager
+    async def stopped(self) -> AsyncIterator[None]:
+        """It has ended in order while inside, and is started again."""
+        self.hold_down()
+        try:
+            self.terminate()
+            if self._child is not None:
+                await self._child.ended()
+            yield
+        finally:
+            self.let_up()
+
     async def restart(self, **variables: str) -> None:
         """In order, with these settings over its own."""
-        self.hold_down()
-        self.terminate()
-        if self._child is not None:
-            await self._child.ended()
-        self.variables.update(variables)
-        self.let_up()
+        async with self.stopped():
+            self.variables.update(variables)
 
     def let_end(self) -> None:
         """From now on it may end by itself, and is not started again."""
