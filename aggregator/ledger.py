@@ -39,6 +39,7 @@ from broker_fl.database import (
 from broker_fl.errors import DamagedError, FencedError, StorageInUseError
 
 LEAD_ROW = 1
+_WITHOUT_PAYLOAD = [column for column in ENTRIES.c if column.name != "payload"]
 _READ_ENTRIES = 256
 _READ_BYTES = 32 << 20
 
@@ -179,8 +180,7 @@ class Ledger:
     def decided(self, keys: Iterable[tuple[str, str]]) -> dict[tuple[str, str], Entry]:
         """What was decided about these (party, update id), without payloads."""
         wanted = list(keys)
-        columns = [column for column in ENTRIES.c if column.name != "payload"]
-        query = select(*columns).where(tuple_(ENTRIES.c.party, ENTRIES.c.update_id).in_(wanted))
+        query = select(*_WITHOUT_PAYLOAD).where(tuple_(ENTRIES.c.party, ENTRIES.c.update_id).in_(wanted))
         with self._reading():
             rows = self._connection.execute(query).mappings().all() if wanted else []
         return {(row["party"], row["update_id"]): Entry(**row) for row in rows}
@@ -215,18 +215,22 @@ class Ledger:
 
     def last_entry(self) -> Entry | None:
         """Without its payload."""
-        columns = [column for column in ENTRIES.c if column.name != "payload"]
         with self._reading():
-            row = self._connection.execute(select(*columns).order_by(ENTRIES.c.seq.desc()).limit(1)).mappings().one_or_none()
+            row = (
+                self._connection.execute(select(*_WITHOUT_PAYLOAD).order_by(ENTRIES.c.seq.desc()).limit(1))
+                .mappings()
+                .one_or_none()
+            )
         return None if row is None else Entry(**row)
 
     def first_merged(self, party: str) -> Entry | None:
         """The party's first update that went into the model, without its payload."""
-        columns = [column for column in ENTRIES.c if column.name != "payload"]
         merged = (ENTRIES.c.party == party) & (ENTRIES.c.outcome.in_(("merged", "buffered")))
         with self._reading():
             row = (
-                self._connection.execute(select(*columns).where(merged).order_by(ENTRIES.c.seq).limit(1)).mappings().one_or_none()
+                self._connection.execute(select(*_WITHOUT_PAYLOAD).where(merged).order_by(ENTRIES.c.seq).limit(1))
+                .mappings()
+                .one_or_none()
             )
         return None if row is None else Entry(**row)
 

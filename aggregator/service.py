@@ -55,6 +55,8 @@ _GROUPS_AHEAD = 16
 """Groups that are examined while a commit waits for the disk; the prefetch bounds what is in them."""
 
 _NEWEST_FRAME_S = 0.5
+_LOOK_FOR_LOGS_S = 5.0
+
 _OPERATOR_AT_MOST_S = 30.0
 _LOOK_FOR_OPERATOR_S = 0.05
 
@@ -288,7 +290,7 @@ class Aggregator:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._publish_frames(transport))
             beside = (self._watch_accuracy(transport), self._tick(), candidate.keep(), self._bind_parties(transport))
-            others = [group.create_task(service) for service in beside]
+            others = [group.create_task(service) for service in (*beside, self._watch_logs(transport))]
             await self._merge_updates(transport)
             for task in others:
                 task.cancel()
@@ -302,6 +304,14 @@ class Aggregator:
         if not await transport.has_queue(self._names.updates):
             log.warning("the updates queue is not there: it is made, and the parties are bound to it")
         await transport.declare(self._topology)
+
+    async def _watch_logs(self, transport: Transport) -> None:
+        """Raises NotFoundError where one was deleted: without it no worker trains, and no update makes the next broadcast."""
+        while True:
+            await asyncio.sleep(_LOOK_FOR_LOGS_S)
+            for log_name in (self._names.model_log, self._names.keyframe_log):
+                if not await transport.has_queue(log_name):
+                    raise NotFoundError(f"somebody deleted {log_name}")
 
     async def _bind_parties(self, transport: Transport) -> None:
         """In every session: where somebody deleted the updates queue, the bindings of the parties went with it, they may not

@@ -6,8 +6,8 @@ does, the longest time without one counts. The ledger is looked at every 10 ms.
 
 A leader is killed, asked to end, cut off from the broker, or frozen. Nobody can tell a frozen one from a slow one but by its
 heartbeats; it is thawed when the other one leads, and must find out by itself. `held` are rounds, left out of the seconds, in
-which the freeze came in the middle of a commit, and the ledger was locked by it: until the thaw on SQLite, or until PostgreSQL
-ends a transaction whose client is silent. At the end the whole ledger is replayed, and each update of each worker must be in it
+which the freeze came in the middle of a commit, and SQLite's ledger was locked by it until the thaw; on PostgreSQL whoever takes
+over ends the frozen one's session. At the end the whole ledger is replayed, and each update of each worker must be in it
 exactly once.
 
 PostgreSQL: the empty database that `--postgresql` names, or else a private server, where this checkout's tests can start one.

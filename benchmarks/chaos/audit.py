@@ -16,8 +16,9 @@ from aggregator.records import Entry
 from aggregator.recovery import manifest_of_ledger
 from aggregator.verification import verify
 from benchmarks.chaos.drift import KNOWN
-from benchmarks.chaos.stage import FEDERATION, PARTIES, Stage
+from benchmarks.chaos.stage import FEDERATION, PARTIES, SETTINGS, Stage
 from broker_fl.codecs.codec import decode, parse_codec
+from broker_fl.config import TrainingSettings
 from broker_fl.errors import BrokerFLError
 from broker_fl.parameters import digest
 from broker_fl.tasks.module import initial
@@ -135,9 +136,6 @@ def _trainings(party: str, made: int, manifest: Manifest) -> Iterator[NDArray[np
     """Every delta that the party's worker computed, made again from its seed."""
     module, _, _ = initial(KNOWN, None, 0)
     examples = KNOWN.train_examples(None)
-    from benchmarks.chaos.stage import SETTINGS
-    from broker_fl.config import TrainingSettings
-
     plan = TrainingSettings.model_validate(SETTINGS["training"]).plan()
     for sequence in range(1, made + 1):
         result = train(

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+from aggregator.opening import open_ledger_for_reading
 from benchmarks.chaos.member import Member
 from benchmarks.chaos.stage import AGGREGATORS, IN_PARTS, NAMES, PARTIES, Stage
 from broker_fl.failpoints import FAILPOINTS
@@ -294,7 +295,5 @@ async def _full(member: Member, *, everybody: bool, seconds: float) -> Hurt:
 
 
 def _latest_version(stage: Stage) -> int:
-    from aggregator.opening import open_ledger_for_reading
-
     with open_ledger_for_reading(stage.ledger_url) as ledger:
         return ledger.latest_version()

@@ -16,7 +16,7 @@ from benchmarks.chaos.disk import Disk, disk
 from benchmarks.chaos.member import Member
 from benchmarks.chaos.nursery import ClockFile, Nursery
 from benchmarks.chaos.proxy import proxy
-from broker_fl.config import BrokerSettings, Settings, load_settings
+from broker_fl.config import BrokerSettings, load_settings
 from broker_fl.database import sqlite_url
 from broker_fl.enrolment import add_party
 from broker_fl.errors import ConfigurationError, StorageError
@@ -121,10 +121,6 @@ class Stage:
         except (ConfigurationError, StorageError):
             return 0
         return sum(total.updates for total in totals if party in (None, total.party))
-
-    @property
-    def settings(self) -> Settings:
-        return load_settings(flags=SETTINGS, environment={})
 
 
 @asynccontextmanager

@@ -22,7 +22,7 @@ def command(
     model: options.Model = None,
     data: options.Data = None,
     versions: Annotated[int | None, typer.Option(help="End the federation at this version.", show_default=False)] = None,
-    seconds: Annotated[float | None, typer.Option(help="End it after so many seconds.", show_default=False)] = None,
+    seconds: Annotated[float | None, typer.Option(help="End it after so many seconds of work.", show_default=False)] = None,
     target_accuracy: Annotated[
         float | None, typer.Option(help="End it when the held-out data is classified this well.", show_default=False)
     ] = None,

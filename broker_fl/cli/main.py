@@ -48,6 +48,7 @@ def _arm_failpoints() -> None:
         from broker_fl.failpoints import arm
 
         arm(armed)
+        typer.echo(f"failpoints are armed, this is a test: {armed}", err=True)
 
 
 def main() -> None:

@@ -448,3 +448,14 @@ async def test_candidate_of_a_queue_that_was_deleted_brings_a_new_token(ward):
         async with ward.connect("one") as transport, candidacy(transport, ward.names) as candidate:
             await asyncio.wait_for(candidate.elected(), 5)
         ward.broker.delete_queue(ward.names.leader)
+
+
+@pytest.mark.parametrize("log_name", ["model_log", "keyframe_log"])
+async def test_log_that_was_deleted_under_an_aggregator_with_nothing_to_do_is_made_again(ward, monkeypatch, log_name):
+    monkeypatch.setattr(aggregator.service, "_LOOK_FOR_LOGS_S", 0.05)
+    name = getattr(ward.names, log_name)
+    async with ward.running():
+        await ward.until(lambda: ward.broker.has_queue(name) and ward.bench.frames())
+        ward.broker.delete_queue(name)
+        await ward.until(lambda: ward.broker.has_queue(name))
+        await ward.until(lambda: ward.broker.queue(name).log)
