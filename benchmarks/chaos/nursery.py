@@ -27,6 +27,7 @@ from typing import Any, NoReturn, Self
 
 from broker_fl.errors import ProcessError
 
+_ROOT = Path(__file__).parents[2]
 BROKER_FL = "broker_fl.cli.main:main"
 MODULES = (
     "torch",
@@ -159,7 +160,8 @@ class Nursery:
                 *(sys.executable, "-P", "-m", "benchmarks.chaos.nursery", *self._modules),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
-                env={**environment, **_ONE_THREAD},
+                # Before the installed packages, since Opacus installs a `benchmarks` of its own.
+                env={**environment, **_ONE_THREAD, "PYTHONPATH": str(_ROOT)},
                 start_new_session=True,  # Ctrl-C is for us.
             )
             stack.push_async_callback(_stop, self._process)
