@@ -20,7 +20,8 @@ url = "amqp://guest:guest@127.0.0.1:5672/"   # the aggregator's login; parties g
 
 [task]
 name = "digits"                    # digits | fashion_mnist | cifar10 | npz | path/to/file.py:TASK | package.module:TASK
-# model = "small_cnn"              # small_cnn | federated_cnn
+# model = "small_cnn"              # small_cnn | tanh_cnn | federated_cnn | feature_cnn | linear
+# features = "none"                # none | scattering, fixed features in place of the images; then model is linear by default
 # data = "cifar10.npz"             # for the aggregator: held-out data, to evaluate versions on
 
 [training]                         # what each local training does; it rides in every broadcast

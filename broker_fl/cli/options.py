@@ -25,7 +25,14 @@ TaskName = Annotated[
         "--task", help="digits, fashion_mnist, cifar10, npz, path/to/file.py:TASK or package.module:TASK.", show_default=False
     ),
 ]
-Model = Annotated[str | None, typer.Option("--model", help="small_cnn or federated_cnn, for built-in tasks.", show_default=False)]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        help="small_cnn, tanh_cnn, federated_cnn, feature_cnn or linear, for built-in tasks.",
+        show_default=False,
+    ),
+]
 Data = Annotated[
     Path | None, typer.Option("--data", help="The data: a file or folder, as the task wants it.", show_default=False)
 ]

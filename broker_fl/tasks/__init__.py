@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from broker_fl.tasks.image_classification import ImageArrays, ImageClassification
+    from broker_fl.tasks.scattered_images import ScatteredImages
     from broker_fl.tasks.task import Examples, Task
 
-__all__ = ["Examples", "ImageArrays", "ImageClassification", "Task"]
+__all__ = ["Examples", "ImageArrays", "ImageClassification", "ScatteredImages", "Task"]
 
 _ROOMS = {
     "Examples": "broker_fl.tasks.task",
     "ImageArrays": "broker_fl.tasks.image_classification",
     "ImageClassification": "broker_fl.tasks.image_classification",
+    "ScatteredImages": "broker_fl.tasks.scattered_images",
     "Task": "broker_fl.tasks.task",
 }
 

@@ -8,13 +8,12 @@ from torchvision.datasets import CIFAR10
 from broker_fl.tasks.downloads import fetch
 from broker_fl.tasks.image_classification import BuildModel, ImageArrays, ImageClassification, Split
 from broker_fl.tasks.models import small_cnn
-from broker_fl.tasks.task import Task
 
 MEAN = (0.4914, 0.4822, 0.4465)
 STD = (0.2470, 0.2435, 0.2616)
 
 
-def cifar10(model: BuildModel = small_cnn) -> Task:
+def cifar10(model: BuildModel = small_cnn) -> ImageClassification:
     """`data` is the folder that holds `cifar-10-batches-py`, or the archive that torchvision downloads."""
     return ImageClassification(load=_load, model=model, image_shape=(3, 32, 32), classes=10, mean=MEAN, std=STD)
 

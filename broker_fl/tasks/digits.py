@@ -7,10 +7,9 @@ from sklearn.datasets import load_digits
 
 from broker_fl.tasks.image_classification import BuildModel, ImageArrays, ImageClassification, Split
 from broker_fl.tasks.models import small_cnn
-from broker_fl.tasks.task import Task
 
 
-def digits(model: BuildModel = small_cnn) -> Task:
+def digits(model: BuildModel = small_cnn) -> ImageClassification:
     """`data` is not used. One image in five of each class is for testing."""
     return ImageClassification(load=_load, model=model, image_shape=(1, 8, 8), classes=10, mean=(0.306,), std=(0.376,))
 

@@ -8,10 +8,9 @@ from torchvision.datasets import FashionMNIST
 from broker_fl.tasks.downloads import fetch
 from broker_fl.tasks.image_classification import BuildModel, ImageArrays, ImageClassification, Split
 from broker_fl.tasks.models import small_cnn
-from broker_fl.tasks.task import Task
 
 
-def fashion_mnist(model: BuildModel = small_cnn) -> Task:
+def fashion_mnist(model: BuildModel = small_cnn) -> ImageClassification:
     """`data` is the folder that holds `FashionMNIST/raw`."""
     return ImageClassification(load=_load, model=model, image_shape=(1, 28, 28), classes=10, mean=(0.2860,), std=(0.3530,))
 

@@ -55,12 +55,14 @@ class ImageClassification:
     """Image shape and number of classes of the data, without loading it."""
 
     def build_model(self, data: Path | None) -> nn.Module:
-        image_shape, classes = self.image_shape, self.classes
-        if image_shape is None or classes is None:
-            found_shape, found_classes = (self.inspect or self._inspect)(data)
-            image_shape = image_shape or found_shape
-            classes = classes or found_classes
+        image_shape, classes = self.shape_and_classes(data)
         return self.model(*image_shape, classes)
+
+    def shape_and_classes(self, data: Path | None) -> tuple[ImageShape, int]:
+        if self.image_shape is not None and self.classes is not None:
+            return self.image_shape, self.classes
+        found_shape, found_classes = (self.inspect or self._inspect)(data)
+        return self.image_shape or found_shape, self.classes or found_classes
 
     def train_examples(self, data: Path | None) -> Examples:
         return self._examples(self.load(data, "train"))

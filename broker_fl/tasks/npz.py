@@ -15,13 +15,14 @@ from numpy.lib.npyio import NpzFile
 from broker_fl.errors import ConfigurationError, DataError
 from broker_fl.tasks.image_classification import BuildModel, ImageArrays, ImageClassification, ImageShape, Split
 from broker_fl.tasks.models import small_cnn
-from broker_fl.tasks.task import Task
 
 KEYS = ("train_images", "train_labels", "test_images", "test_labels")
 """Images are uint8, (n, height, width) or (n, height, width, channels); labels are integers, (n,) or (n, 1)."""
 
 
-def npz(model: BuildModel = small_cnn, *, classes: int | None = None, image_shape: ImageShape | None = None) -> Task:
+def npz(
+    model: BuildModel = small_cnn, *, classes: int | None = None, image_shape: ImageShape | None = None
+) -> ImageClassification:
     """`data` is the file. Where parties may lack a class, `classes` must be given, or their models would differ."""
     return ImageClassification(
         load=_load, model=model, classes=classes, image_shape=image_shape, inspect=partial(inspect, classes=classes)
