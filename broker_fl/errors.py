@@ -5,6 +5,7 @@ BrokerFLError                      the root (schemas)
 ├── ConfigurationError             a setting, flag or name that cannot be
 ├── DataError                      a data file that is missing, truncated or of another kind
 ├── ManifestMismatchError          this model is not the federation's
+├── PrivacyError                   a budget or an accountant that has no answer
 ├── BrokerError                    anything the broker answers or fails to answer
 │   ├── BrokerUnavailableError     not there, or gone: worth another try
 │   ├── AuthenticationError        wrong name or password
@@ -47,6 +48,7 @@ __all__ = [
     "ManifestMismatchError",
     "MessageTooLargeError",
     "NotFoundError",
+    "PrivacyError",
     "ProcessError",
     "PublishTimeoutError",
     "QueueInUseError",
@@ -70,6 +72,10 @@ class DataError(BrokerFLError):
 
 
 class ManifestMismatchError(BrokerFLError):
+    pass
+
+
+class PrivacyError(BrokerFLError):
     pass
 
 

@@ -27,6 +27,8 @@ class UpdateFacts(Message):
     bytes: Annotated[int, Field(ge=0)]
     codec: Annotated[str, Field(max_length=64)]
     reason: Reason | None
+    epsilon: float | None = None
+    """What the party has spent on this federation, by the updates that the aggregator saw; None without differential privacy."""
 
 
 class Event(Message):

@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from schemas.ids import Digest, FederationId, LedgerId, SchemaVersion, Version
 from schemas.manifest import Manifest
+from schemas.privacy import PrivacyPlan
 from schemas.wire import Message
 
 FrameNumber = Annotated[int, Field(ge=1, lt=2**53)]
@@ -52,6 +53,8 @@ class Plan(Message):
     """The share of parties that train from each frame; see workers/participation.py."""
     repeat: bool
     """Whether a party may train from one version more than once."""
+    privacy: PrivacyPlan | None = None
+    """How each training has to be noised; None where none has to."""
 
 
 class KeyframePlace(Message):

@@ -19,6 +19,7 @@ Reason = Literal[
     "rolled_back",  # trained from a version that an operator took back
     "too_stale",  # past the staleness bound
     "repeated",  # a second update from one version where the strategy takes one
+    "privacy",  # without the noise that this federation asks for, or over what a party may spend
     "parts",  # parts that do not fit together
 ]
 

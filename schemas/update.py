@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from schemas.ids import Digest, FederationId, PartyId, SchemaVersion, UpdateId, Version
+from schemas.privacy import PrivacyFacts
 from schemas.wire import Message
 
 
@@ -25,5 +26,8 @@ class ModelUpdate(Message):
     codec: Annotated[str, Field(max_length=64)]
     num_samples: Annotated[int, Field(ge=1, le=10**12)]
     num_steps: Annotated[int, Field(ge=1, lt=2**53)]
-    train_loss: float
+    train_loss: float | None
+    """None under differential privacy: it is a fact about the examples that no noise covers."""
+    privacy: PrivacyFacts | None = None
+    """None where the training was not noised."""
     payload: bytes

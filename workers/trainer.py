@@ -60,8 +60,8 @@ def train(
     place(module, device, channels_last=channels_last)
     load_vector(module, base, manifest)
     module.train()
-    optimizer = _optimizer(plan, module)
-    pull = _proximal_pull(module, mu=plan.proximal)
+    optimizer = optimizer_of(plan, module)
+    pull = proximal_pull(module, mu=plan.proximal)
     generator = torch.Generator().manual_seed(seed)
     per_epoch = _batches_per_epoch(module, count=len(examples), batch_size=plan.batch_size)
     num_steps = plan.steps if plan.steps is not None else plan.epochs * per_epoch
@@ -90,7 +90,7 @@ def train(
     return TrainResult(delta=delta, num_samples=len(examples), num_steps=num_steps, mean_loss=float(total_loss.item()) / seen)
 
 
-def _optimizer(plan: TrainingPlan, module: nn.Module) -> torch.optim.Optimizer:
+def optimizer_of(plan: TrainingPlan, module: nn.Module) -> torch.optim.Optimizer:
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     match plan.optimizer:
         case "sgd":
@@ -101,7 +101,7 @@ def _optimizer(plan: TrainingPlan, module: nn.Module) -> torch.optim.Optimizer:
             return torch.optim.AdamW(trainable, lr=plan.learning_rate, weight_decay=plan.weight_decay)
 
 
-def _proximal_pull(module: nn.Module, *, mu: float) -> Callable[[], None]:
+def proximal_pull(module: nn.Module, *, mu: float) -> Callable[[], None]:
     """Adds mu * (w - w_base) to the gradients of the trainable parameters, as they are when this is called.
 
     The gradient of (mu / 2) * ||w - w_base||^2: FedProx (Li et al. 2020, eq. 2) and FedAsync's rho (Xie et al. 2019).

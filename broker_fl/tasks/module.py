@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from broker_fl.errors import ConfigurationError, ManifestMismatchError
 from broker_fl.parameters import Vector, flatten, manifest_of, mismatch, unflatten
+from broker_fl.tasks.per_example import refuse_mixing, without_batch_norm
 from broker_fl.tasks.seeding import seeded
 from broker_fl.tasks.task import Task
 from schemas.manifest import Manifest
@@ -52,10 +53,16 @@ def load_vector(module: nn.Module, vector: Vector, manifest: Manifest) -> None:
                 tensors[name].clamp_(min=MIN_RUNNING_VARIANCE)
 
 
-def initial(task: Task, data: Path | None, seed: int) -> tuple[nn.Module, Manifest, Vector]:
-    """A new model on the CPU: the same bits for the same seed. torch's global generator is left as it was."""
+def initial(task: Task, data: Path | None, seed: int, *, by_example: bool = False) -> tuple[nn.Module, Manifest, Vector]:
+    """A new model on the CPU: the same bits for the same seed. torch's global generator is left as it was.
+
+    `by_example`: without BatchNorm (see per_example.py), for DP-SGD. Raises ConfigurationError where it cannot take the model.
+    """
     with seeded(seed):
         module = task.build_model(data)
+    if by_example:
+        module = without_batch_norm(module).train()
+        refuse_mixing(module)
     return module, manifest_of_module(module), vector_of(module)
 
 

@@ -1,0 +1,53 @@
+"""Models whose examples do not mix: what DP-SGD needs, which clips the gradient of each example."""
+
+import math
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from broker_fl.errors import ConfigurationError
+
+_MOST_GROUPS = 32
+"""As in Wu and He 2018 (Group Normalization), and in Opacus."""
+
+
+def without_batch_norm(module: nn.Module) -> nn.Module:
+    """Each BatchNorm of C channels becomes a GroupNorm of gcd(32, C) groups, with the same epsilon and as freshly made.
+
+    That is the rule for all who build a federation's model under differential privacy, so that all come to one manifest: the
+    weights and biases keep their names, the running statistics are gone. Opacus' own validator and fixer pass over a BatchNorm
+    without weights, and one whose weights are frozen; this one does not.
+    """
+    if isinstance(module, _BatchNorm):
+        return nn.GroupNorm(math.gcd(_MOST_GROUPS, module.num_features), module.num_features, module.eps, module.affine)
+    for name, child in module.named_children():
+        replaced = without_batch_norm(child)
+        if replaced is not child:
+            setattr(module, name, replaced)
+    return module
+
+
+def refuse_mixing(module: nn.Module) -> None:
+    """Raises ConfigurationError for a model in training mode that DP-SGD cannot take, with what to do."""
+    from opacus.validators import ModuleValidator
+
+    for name, layer in module.named_modules():
+        if isinstance(layer, _BatchNorm):
+            raise ConfigurationError(
+                f"{_place(name, layer)} mixes the examples of a batch, so that no gradient is one example's own: take GroupNorm, "
+                'or have it replaced by [privacy] mechanism = "dp-sgd" with the aggregator and all parties'
+            )
+        if isinstance(layer, nn.LSTM | nn.GRU | nn.RNN | nn.MultiheadAttention):
+            ours = f"opacus.layers.DP{type(layer).__name__}"
+            raise ConfigurationError(f"{_place(name, layer)} gives no gradients by example: take {ours} in its place")
+        # Of this layer alone: its children have their own turn, and their own names.
+        for error in [] if list(layer.children()) else ModuleValidator.validate(layer, strict=False):
+            raise ConfigurationError(f"{_place(name, layer)} cannot be trained with differential privacy: {_first_line(error)}")
+
+
+def _place(name: str, layer: nn.Module) -> str:
+    return f"layer {name or 'the model'!r} ({type(layer).__name__})"
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split())
