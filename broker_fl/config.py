@@ -15,11 +15,16 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from broker_fl.errors import ConfigurationError, nearest
 from schemas.frame import TrainingPlan
 from schemas.ids import FederationId, PartyId
+from schemas.privacy import Accountant, Clipping, Delta, Epsilon, NoiseMultiplier, PrivacyPlan
 
 ENVIRONMENT_PREFIX = "BROKER_FL_"
 
 KEYFRAME_CODECS = ("float32", "float16", "bfloat16", "int8")
 """The dense codecs in which a whole model can be rounded to nearest, by everyone to the same bits."""
+
+UPDATE_CODEC = "topk:0.01+int4"
+NOISED_UPDATE_CODEC = "eden:2"
+"""Where differential privacy is asked for: all values alike, since the largest ones are noise."""
 
 Positive = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -84,6 +89,9 @@ class TaskSettings(Section):
     name: str = "digits"
     """A built-in task, path/to/file.py:TASK or package.module:TASK."""
     model: str | None = None
+    """Of a built-in task; without it small_cnn, or linear on features."""
+    features: Literal["none", "scattering"] = "none"
+    """Of a built-in task: what the model gets in place of the images."""
     classes: Annotated[int | None, Field(ge=2)] = None
     """Of `npz`, where a party's own file does not show all of them."""
     image_shape: tuple[Positive, Positive, Positive] | None = None
@@ -120,9 +128,17 @@ class MergingSettings(Section):
     buffer_timeout_s: PositiveFloat = 60.0
     """A buffer that is not full by then is merged as it is, so that an absent party cannot stop the others."""
     server_learning_rate: PositiveFloat = 1.0
+    clip_norm: PositiveFloat | None = None
+    """Each delta is clipped to this L2 norm before it is added to a buffer."""
+    noise_multiplier: NoiseMultiplier | None = None
+    """Client-level differential privacy: of the Gaussian noise that is added to each buffer's sum, over `clip_norm`."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
+        if self.noise_multiplier is not None and self.clip_norm is None:
+            raise ValueError("noise_multiplier needs a clip_norm: without it no noise covers what one party may add")
+        if self.clip_norm is not None and self.strategy == "fedasync":
+            raise ValueError("clip_norm goes with a buffer (strategy = 'fedbuff' or 'fedavg'): fedasync merges each update alone")
         if self.mode == "mixing" and self.strategy != "fedasync":
             raise ValueError(f"mode = 'mixing' goes with strategy = 'fedasync', not {self.strategy!r}")
         return self
@@ -131,7 +147,8 @@ class MergingSettings(Section):
 class CodecSettings(Section):
     """How updates and broadcasts are encoded; broker_fl/codecs/codec.py says which names there are."""
 
-    up: str = "topk:0.01+int4"
+    up: str | None = None
+    """Without it, topk:0.01+int4; under differential privacy, eden:2."""
     up_budget: ByteSize | None = None
     """Bytes of an update, as in "20kB": the density of `up` is fitted to it."""
     warm_up_versions: Annotated[int, Field(ge=0)] = 0
@@ -159,6 +176,72 @@ class CodecSettings(Section):
         if self.up_budget is not None and self.warm_up_versions:
             raise ValueError("up_budget does not go with warm_up_versions, which begins with larger updates")
         return self
+
+
+class PrivacySettings(Section):
+    """Differential privacy of single examples, by DP-SGD in the workers; broker_fl/privacy/policy.py says how it adds up.
+
+    With the aggregator: what it asks of all parties, and checks. In a party's own file: what that party allows, whatever a
+    federation asks for. There, a noise is the least, and a target the most.
+    """
+
+    mechanism: Literal["none", "dp-sgd"] = "none"
+    noise_multiplier: NoiseMultiplier | None = None
+    """Standard deviation of the noise over `max_grad_norm`."""
+    target_epsilon: Epsilon | None = None
+    """In place of a noise: what `planned_trainings` of a party cost."""
+    planned_trainings: Positive | None = None
+    max_grad_norm: PositiveFloat = 1.0
+    """What the gradient of one example is clipped to, in L2."""
+    clipping: Clipping = "auto"
+    """flat: each example's gradient is kept; ghost: only its norm, in two passes; auto: ghost for large models."""
+    delta: Delta = 1e-5
+    accountant: Accountant = "rdp"
+    max_epsilon: Epsilon | None = None
+    """What a party may spend; without it, the target."""
+    min_noise_multiplier: NoiseMultiplier | None = None
+    allow_topk: bool = False
+    """Codecs that send the largest values, which after noise are the largest noise."""
+    record: Path | None = None
+    """The file in which a party keeps what its data has cost; one for all federations that use the same data. Without it,
+    `privacy-PARTY.db` in the worker's state folder."""
+
+    @property
+    def is_asked_for(self) -> bool:
+        return self.mechanism != "none"
+
+    @property
+    def most_epsilon(self) -> float | None:
+        return self.max_epsilon if self.max_epsilon is not None else self.target_epsilon
+
+    @property
+    def least_noise(self) -> float | None:
+        given = [noise for noise in (self.noise_multiplier, self.min_noise_multiplier) if noise is not None]
+        return max(given, default=None)
+
+    def plan(self) -> PrivacyPlan | None:
+        """As it rides in the frames. Raises ConfigurationError where it does not say how much noise."""
+        if not self.is_asked_for:
+            return None
+        if (self.noise_multiplier is None) == (self.target_epsilon is None):
+            raise ConfigurationError(
+                "[privacy] mechanism = 'dp-sgd' needs either noise_multiplier, or target_epsilon with planned_trainings"
+            )
+        if (self.target_epsilon is None) != (self.planned_trainings is None):
+            raise ConfigurationError(
+                "[privacy] target_epsilon and planned_trainings go together: the noise is what so many trainings of a party need "
+                "to cost that epsilon"
+            )
+        return PrivacyPlan(
+            noise_multiplier=self.noise_multiplier,
+            target_epsilon=self.target_epsilon,
+            planned_trainings=self.planned_trainings,
+            max_grad_norm=self.max_grad_norm,
+            clipping=self.clipping,
+            delta=self.delta,
+            accountant=self.accountant,
+            max_epsilon=self.most_epsilon,
+        )
 
 
 class AggregatorSettings(Section):
@@ -201,6 +284,8 @@ class WorkerSettings(Section):
     channels_last: bool = False
     threads: Positive | None = None
     """Of torch; without it, torch's own choice."""
+    examples_at_once: Positive | None = None
+    """Under differential privacy each example's gradient takes memory: larger batches are worked through in parts of it."""
     throttle: Annotated[float, Field(ge=1, le=1000)] = 1.0
     """Makes training so many times slower, to try out how a federation bears a slow party."""
     budget: ByteSize | None = None
@@ -252,6 +337,14 @@ class Settings(BaseSettings):
     aggregator: AggregatorSettings = AggregatorSettings()
     worker: WorkerSettings = WorkerSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
+    privacy: PrivacySettings = PrivacySettings()
+
+    @property
+    def update_codec(self) -> str:
+        """[codec] up, or what is taken without it."""
+        if self.codec.up is not None:
+            return self.codec.up
+        return NOISED_UPDATE_CODEC if self.privacy.is_asked_for else UPDATE_CODEC
 
     @classmethod
     def settings_customise_sources(

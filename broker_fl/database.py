@@ -78,6 +78,53 @@ def _make_tables(engine: Engine, tables: MetaData) -> None:
     tables.create_all(engine)
 
 
+def attach(connection: Connection, name: str, file: Path, tables: MetaData) -> None:
+    """A second SQLite file under the schema of these tables, which are made where they are missing: from now on one transaction
+    may write to both, and all of it is there afterwards or nothing.
+
+    Both leave the write-ahead log, since SQLite commits to several files as one only with rollback journals, and sync the folder
+    too, so that a commit survives a power cut. Not within a transaction. Raises StorageError, DamagedError.
+    """
+    schema = tables.schema
+    make_folder(file.parent)
+    with storage_errors(f"{name} with {file}"):
+        connection.exec_driver_sql(f"ATTACH DATABASE ? AS {schema}", (str(file),))
+        verdict = connection.exec_driver_sql(f"PRAGMA {schema}.quick_check(1)").scalar_one()
+        if verdict != "ok":
+            raise DamagedError(f"{file} is damaged ({' '.join(str(verdict).split())}): restore it from a backup")
+        for database in ("main", schema):
+            _leave_log(connection, f"{database}")
+        connection.rollback()
+    with writing_alone(connection, str(file)):
+        tables.create_all(connection)
+
+
+@contextmanager
+def writing_alone(connection: Connection, name: str) -> Iterator[None]:
+    """As `writing`; of SQLite, others that want to write wait from the beginning, and not from the first write."""
+    with writing(connection, name):
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+        yield
+
+
+def _leave_log(connection: Connection, database: str) -> None:
+    deadline = time.monotonic() + _BUSY_TIMEOUT_S
+    # Not while another process reads it, and SQLite does not wait here.
+    while True:
+        try:
+            mode = connection.exec_driver_sql(f"PRAGMA {database}.journal_mode = DELETE").scalar_one()
+        except OperationalError:
+            mode = ""
+            if time.monotonic() > deadline:
+                raise
+        if mode in ("delete", "memory"):
+            break
+        if time.monotonic() > deadline:
+            raise StorageInUseError(f"another process reads {database} for long: its write-ahead log cannot be left")
+        time.sleep(_CREATION_PAUSE_S)
+    connection.exec_driver_sql(f"PRAGMA {database}.synchronous = EXTRA")
+
+
 def open_for_reading(url: str) -> Engine:
     """A database that another process may be writing; its tables may not be there yet. SQLite: the file must be there."""
     with _driver(url):

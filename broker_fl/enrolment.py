@@ -69,7 +69,9 @@ def write_enrolment(file: Path, settings: Settings, *, name: str, password: Secr
     url = urlsplit(settings.broker.url.get_secret_value())
     _, _, host = url.netloc.rpartition("@")
     own = urlunsplit(url._replace(netloc=f"{name}:{quote(password.get_secret_value(), safe='')}@{host}"))
-    task = settings.task.model_dump(mode="json", include={"name", "model", "classes", "image_shape"}, exclude_none=True)
+    task = settings.task.model_dump(
+        mode="json", include={"name", "model", "features", "classes", "image_shape"}, exclude_none=True
+    )
     lines = [
         f"# Party {name!r} of federation {settings.federation.name!r}. This file holds its password: keep it from others.",
         "[federation]",
@@ -86,6 +88,8 @@ def write_enrolment(file: Path, settings: Settings, *, name: str, password: Secr
         "[worker]",
         _toml("party", name),
     ]
+    if settings.privacy.is_asked_for:
+        lines += ["", "[privacy]", _toml("mechanism", settings.privacy.mechanism)]
     try:
         handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError as exc:

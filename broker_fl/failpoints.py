@@ -27,6 +27,7 @@ FAILPOINTS: dict[str, str] = {
     "aggregator.lead": "the lead is taken; the ledger is not read",
     "worker.received": "a model is received; it is not kept on the disk",
     "worker.trained": "a training has ended; its update is not in the outbox",
+    "worker.spent": "an update and what it cost are in the transaction, which is not committed",
     "worker.kept": "an update is in the outbox; it is not sent",
     "worker.part": "a part of an update is confirmed, and others are not sent",
     "worker.sent": "an update is confirmed; it is not marked so",

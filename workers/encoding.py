@@ -14,6 +14,7 @@ from broker_fl.parameters import Vector
 from schemas import wire
 from schemas.frame import Plan
 from schemas.manifest import Manifest
+from schemas.privacy import PrivacyFacts
 from schemas.update import ModelUpdate
 
 _BINARY_HEADER = 3
@@ -92,6 +93,7 @@ def fields_bytes(*, federation: str, party: str) -> int:
         num_samples=10**12,
         num_steps=2**53 - 1,
         train_loss=0.5,
+        privacy=PrivacyFacts(noise_multiplier=0.5, sample_rate=0.5, max_grad_norm=0.5),
         payload=b"",
     )
     return len(wire.encode(largest)) + _BINARY_HEADER

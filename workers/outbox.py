@@ -30,6 +30,7 @@ from sqlalchemy import (
 from broker_fl.database import held_alone, open_database, open_for_reading, reading, sqlite_url, storage_errors, writing
 from broker_fl.errors import ConfigurationError
 from broker_fl.parameters import Vector
+from workers.spending import Spending
 
 _TABLES = MetaData()
 _FACTS = Table("facts", _TABLES, Column("key", String, primary_key=True), Column("value", String, nullable=False))
@@ -105,6 +106,10 @@ class Outbox:
     def transaction(self) -> AbstractContextManager[None]:
         """All or nothing, on the disk when it returns. Raises StorageFullError, StorageError."""
         return writing(self._connection, self.name)
+
+    def attach(self, file: Path) -> Spending:
+        """The record of what training cost, in the transactions of this outbox from now on. Raises StorageError, DamagedError."""
+        return Spending.attached(self._connection, self.name, file)
 
     def fact(self, key: str) -> str | None:
         with self._reading():

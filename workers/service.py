@@ -5,6 +5,7 @@ It can be killed at any moment: what matters is in the outbox. Training goes on 
 
 import asyncio
 import hashlib
+import secrets
 import threading
 import uuid
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from broker_fl.errors import (
 )
 from broker_fl.failpoints import reach
 from broker_fl.parameters import Vector
+from broker_fl.privacy.policy import Mechanism
 from broker_fl.topology import Names
 from broker_fl.transports.following import Follower, ReceivedModel
 from broker_fl.transports.model_log import Pending, read_newest
@@ -45,6 +47,7 @@ from workers.encoding import Budget, encode_update, fields_bytes
 from workers.held import HeldModel, Unkept
 from workers.outbox import Outbox, StoredUpdate
 from workers.participation import is_selected
+from workers.privacy import Declined, PlainTraining, PrivacyBudget
 from workers.trainer import TrainResult
 
 log = structlog.get_logger(__name__)
@@ -72,10 +75,17 @@ _NEVER_TAKEN = ("bounds", "non_finite")
 """Reasons for which a content is dropped: in the residual it would be in every later update, and shut the party out for ever."""
 
 
+class _BudgetPassedError(Exception):
+    """Takes the transaction back."""
+
+
 class Train(Protocol):
     """Local training, bound to the party's task, data and device; runs in a thread."""
 
-    def __call__(self, base: Vector, plan: TrainingPlan, *, seed: int, should_stop: Callable[[], bool]) -> TrainResult | None: ...
+    def __call__(
+        self, base: Vector, plan: TrainingPlan, *, mechanism: Mechanism | None, seed: int, should_stop: Callable[[], bool]
+    ) -> TrainResult | None:
+        """With the noise of the mechanism, or plainly without one."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -105,6 +115,7 @@ class Worker:
         connect: Connect,
         outbox: Outbox,
         train: Train,
+        privacy: PrivacyBudget,
         *,
         identity: Identity,
         link: Link,
@@ -116,6 +127,7 @@ class Worker:
         self._connect = connect
         self._outbox = outbox
         self._train = train
+        self._privacy = privacy
         self._identity = identity
         self._names = Names(identity.federation)
         self._link = link
@@ -135,6 +147,7 @@ class Worker:
         """What the broker says is the newest: a model on the disk may be old."""
         self._was_up = False
         self._left_out: tuple[str, int] | None = None
+        self._declined = ""
         self._changed = asyncio.Event()
         self._update_waits = asyncio.Event()
         self._settling = asyncio.Lock()
@@ -157,6 +170,8 @@ class Worker:
         """
         try:
             self._follower.held = await self._in_outbox(self._held.load)
+            if self._privacy.is_needed:
+                await self._in_outbox(self._privacy.open)
             async with asyncio.TaskGroup() as group:
                 services = (self._sessions(), self._train_models(), self._keep_models())
                 tasks = [group.create_task(service) for service in services]
@@ -366,11 +381,12 @@ class Worker:
     async def _train_models(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            received = await self._next_to_train()
+            received, mechanism = await self._next_to_train()
             sequence = await self._in_outbox(self._outbox.next_sequence)
-            seed = seed_of(self._identity.party, sequence)
+            # Whoever can draw a noised training's seed again can take its noise off.
+            seed = seed_of(self._identity.party, sequence) if mechanism is None else secrets.randbits(63)
             began = loop.time()
-            training = partial(self._train, seed=seed, should_stop=self._stop_training.is_set)
+            training = partial(self._train, mechanism=mechanism, seed=seed, should_stop=self._stop_training.is_set)
             plan = received.plan.training.at(received.version)
             result = await loop.run_in_executor(self._training_thread, training, received.model, plan)
             if result is None:
@@ -379,11 +395,14 @@ class Worker:
             if await asyncio.to_thread(_has_diverged, result):
                 log.error("training diverged: nothing is sent, and the next model is waited for", version=received.version)
                 self._left_out = (received.ledger, received.version)
-                await self._in_outbox(self._count, {"trainings_diverged": 1})
+                await self._in_outbox(self._leave_diverged, received, mechanism)
                 continue
             reach("worker.trained")
-            stored = await self._in_outbox(self._keep, received, result, sequence)
+            stored = await self._in_outbox(self._keep, received, result, sequence, mechanism)
             reach("worker.kept")
+            if stored is None:
+                self._left_out = (received.ledger, received.version)
+                continue
             log.info(
                 "trained",
                 base_version=received.version,
@@ -395,13 +414,25 @@ class Worker:
             )
             self._update_waits.set()
 
-    async def _next_to_train(self) -> ReceivedModel:
+    async def _next_to_train(self) -> tuple[ReceivedModel, Mechanism | None]:
         while True:
             self._changed.clear()
             received = self._newest
             if received is not None and await self._in_outbox(self._may_train, received):
-                return received
+                mechanism = await self._in_outbox(self._mechanism_for, received)
+                if not isinstance(mechanism, Declined):
+                    return received, mechanism
             await self._changed.wait()
+
+    def _mechanism_for(self, received: ReceivedModel) -> Mechanism | Declined | None:
+        """Said once for each reason: without training, the model is followed until the federation is over."""
+        mechanism = self._privacy.mechanism_for(received.plan, received.plan.training.at(received.version))
+        reason = mechanism.reason if isinstance(mechanism, Declined) else ""
+        if reason and reason != self._declined:
+            log.warning("no training, the model is followed", reason=reason)
+            self._count({"trainings_declined": 1})
+        self._declined = reason
+        return None if isinstance(mechanism, PlainTraining) else mechanism
 
     def _may_train(self, received: ReceivedModel) -> bool:
         """Once from each version; where the strategy lets a party repeat, again when the last update is settled."""
@@ -419,8 +450,20 @@ class Worker:
             return True
         return received.plan.repeat and self._outbox.unsettled_count() == 0
 
-    def _keep(self, received: ReceivedModel, result: TrainResult, sequence: int) -> StoredUpdate:
-        """In the outbox's thread: encode, and store update, residual, velocity and counters in one transaction."""
+    def _leave_diverged(self, received: ReceivedModel, mechanism: Mechanism | None) -> None:
+        """That nothing is sent is seen too: noised trainings that diverge cost what they cost."""
+        with self._outbox.transaction():
+            self._outbox.count({"trainings_diverged": 1})
+            if mechanism is not None:
+                self._privacy.spend(
+                    mechanism, received.plan, ledger=received.ledger, base_version=received.version, update_id=None
+                )
+
+    def _keep(
+        self, received: ReceivedModel, result: TrainResult, sequence: int, mechanism: Mechanism | None
+    ) -> StoredUpdate | None:
+        """In the outbox's thread: encode, and store update, residual, velocity, counters and what the training cost in one
+        transaction. None, and nothing of it, where another worker spent the rest of the budget meanwhile."""
         manifest = self._identity.manifest
         update_id = uuid.uuid4().hex
         encoded = encode_update(
@@ -445,17 +488,32 @@ class Worker:
             codec=encoded.codec.name,
             num_samples=result.num_samples,
             num_steps=result.num_steps,
-            train_loss=result.mean_loss,
+            train_loss=result.mean_loss if mechanism is None else None,
+            privacy=None if mechanism is None else mechanism.facts,
             payload=encoded.payload,
         )
         stored = StoredUpdate(sequence, update_id, wire.encode(update), received.version, update.codec)
-        with self._outbox.transaction():
-            self._outbox.add(stored)
-            self._outbox.set_residual(manifest.digest, encoded.residual)
-            self._outbox.set_velocity(manifest.digest, encoded.velocity)
-            self._outbox.set_fact("trained_from", f"{received.ledger}/{received.version}")
-            self._outbox.count({"trainings": 1, "steps": result.num_steps})
+        try:
+            with self._outbox.transaction():
+                self._outbox.add(stored)
+                self._outbox.set_residual(manifest.digest, encoded.residual)
+                self._outbox.set_velocity(manifest.digest, encoded.velocity)
+                self._outbox.set_fact("trained_from", f"{received.ledger}/{received.version}")
+                self._outbox.count({"trainings": 1, "steps": result.num_steps})
+                if mechanism is not None:
+                    self._spend(mechanism, received, update_id)
+                reach("worker.spent")
+        except _BudgetPassedError as passed:
+            log.warning("a training is dropped: another worker on the same data spent what it needs", reason=str(passed))
+            return None
         return stored
+
+    def _spend(self, mechanism: Mechanism, received: ReceivedModel, update_id: str) -> None:
+        passed = self._privacy.spend(
+            mechanism, received.plan, ledger=received.ledger, base_version=received.version, update_id=update_id
+        )
+        if passed is not None:
+            raise _BudgetPassedError(str(passed))
 
     async def _in_outbox(self, call: Callable[..., Result], *arguments: object) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._outbox_thread, call, *arguments)

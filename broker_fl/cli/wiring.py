@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch import nn
 
 from aggregator.admission import Limits
 from aggregator.broadcast import BroadcastPlan
@@ -18,11 +19,14 @@ from aggregator.opening import open_ledger
 from aggregator.service import Aggregator, Pace
 from broker_fl.cli.stores import holder, ledger_url, snapshots_of
 from broker_fl.codecs.budget import fitted
-from broker_fl.codecs.codec import parse_codec
+from broker_fl.codecs.codec import Codec, parse_codec
+from broker_fl.codecs.registry import SPARSIFIERS
 from broker_fl.config import Settings
 from broker_fl.database import make_folder
 from broker_fl.errors import ConfigurationError
 from broker_fl.parameters import Vector
+from broker_fl.privacy.policy import Demands, Mechanism
+from broker_fl.privacy.policy import Limits as PartyLimits
 from broker_fl.tasks.device import choose_device
 from broker_fl.tasks.evaluation import evaluate
 from broker_fl.tasks.module import initial, load_vector
@@ -35,7 +39,9 @@ from schemas.frame import TrainingPlan
 from schemas.manifest import Manifest
 from workers.encoding import Budget, check_budget, fields_bytes
 from workers.outbox import open_outbox
+from workers.privacy import PrivacyBudget
 from workers.service import Identity, Link, Worker
+from workers.spending import spending_file
 from workers.trainer import TrainResult, train
 
 _PREFETCHED_BYTES = 512 << 20
@@ -47,7 +53,7 @@ _HEARTBEATS_UNTIL_LOST = 3
 
 def task_of(settings: Settings) -> Task:
     task = settings.task
-    return load_task(task.name, model=task.model, classes=task.classes, image_shape=task.image_shape)
+    return load_task(task.name, model=task.model, classes=task.classes, image_shape=task.image_shape, features=task.features)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +74,10 @@ def built_aggregator(
 ) -> Iterator[BuiltAggregator]:
     """Raises ConfigurationError, DataError, StorageError. `on_lead` is called when it begins to lead the federation, `enrolled`
     asks for the names of all parties."""
-    up, down = parse_codec(settings.codec.up), parse_codec(settings.codec.down)
+    up, down = parse_codec(settings.update_codec), parse_codec(settings.codec.down)
+    _refuse_selected_noise(settings, up)
     task = task_of(settings)
-    _, manifest, model = initial(task, settings.task.data, settings.task.seed)
+    _, manifest, model = _initial(settings, task)
     if settings.codec.up_budget is not None:
         with _named("[codec] up_budget"):
             up = fitted(up, settings.codec.up_budget, manifest=manifest)
@@ -120,6 +127,7 @@ def _limits(settings: Settings, manifest: Manifest) -> Limits:
         manifest=manifest,
         max_update_bytes=settings.aggregator.max_update_bytes or dense_bytes,
         max_update_norm=settings.aggregator.max_update_norm,
+        privacy=_demands(settings),
     )
 
 
@@ -141,7 +149,27 @@ def _plan(settings: Settings, manifest: Manifest, *, ledger_id: str, up: str, do
         repeat=strategy.may_repeat,
         every_versions=1 if strategy.one_per_version else settings.aggregator.broadcast_every_merges,
         every_s=settings.aggregator.broadcast_every_s,
+        privacy=settings.privacy.plan(),
     )
+
+
+def _initial(settings: Settings, task: Task) -> tuple[nn.Module, Manifest, Vector]:
+    return initial(task, settings.task.data, settings.task.seed, by_example=settings.privacy.is_asked_for)
+
+
+def _demands(settings: Settings) -> Demands | None:
+    plan = settings.privacy.plan()
+    return None if plan is None else Demands(plan, settings.privacy.least_noise)
+
+
+def _refuse_selected_noise(settings: Settings, codec: Codec) -> None:
+    if not settings.privacy.is_asked_for or settings.privacy.allow_topk or codec.sparsifier is None:
+        return
+    if SPARSIFIERS[codec.sparsifier.kind].by_magnitude:
+        raise ConfigurationError(
+            f"[codec] up = {codec.name!r} sends the largest values, and under [privacy] those are the largest noise: take a "
+            "quantizer alone (int8, eden:2), or a mask that does not look (randomk:0.1+int8); or set privacy.allow_topk = true"
+        )
 
 
 def _pace(settings: Settings, limits: Limits) -> Pace:
@@ -164,11 +192,32 @@ def built_worker(settings: Settings, connect: Connect) -> Iterator[Worker]:
         raise ConfigurationError("which party? name it by --party NAME or --enrolment NAME.toml")
     task = task_of(settings)
     examples = share_of(settings, task.train_examples(settings.task.data))
-    module, manifest, model = initial(task, settings.task.data, settings.task.seed)
+    module, manifest, model = _initial(settings, task)
     device = choose_device(settings.worker.device)
     identity = Identity(settings.federation.name, party, manifest, model)
 
-    def train_here(base: Vector, plan: TrainingPlan, *, seed: int, should_stop: Callable[[], bool]) -> TrainResult | None:
+    def train_here(
+        base: Vector, plan: TrainingPlan, *, mechanism: Mechanism | None, seed: int, should_stop: Callable[[], bool]
+    ) -> TrainResult | None:
+        if mechanism is not None:
+            _refuse_rounded_norms(settings)
+            # Opacus takes a second to import, and most workers do without it.
+            from workers.dp import train_privately
+
+            return train_privately(
+                task,
+                module,
+                examples,
+                base=base,
+                manifest=manifest,
+                plan=plan,
+                mechanism=mechanism,
+                device=device,
+                channels_last=settings.worker.channels_last,
+                chunk=settings.worker.examples_at_once,
+                seed=seed,
+                should_stop=should_stop,
+            )
         return train(
             task,
             module,
@@ -190,10 +239,20 @@ def built_worker(settings: Settings, connect: Connect) -> Iterator[Worker]:
     )
     budget = _budget(settings, identity)
     with open_outbox(settings.worker.state, party=party, federation=settings.federation.name) as outbox:
+        privacy = PrivacyBudget(
+            outbox,
+            file=settings.privacy.record or spending_file(settings.worker.state, party),
+            limits=_limits_of_party(settings),
+            federation=settings.federation.name,
+            party=party,
+            num_examples=len(examples),
+            clock=time.time,
+        )
         yield Worker(
             connect,
             outbox,
             train_here,
+            privacy,
             identity=identity,
             link=link,
             budget=budget,
@@ -203,11 +262,30 @@ def built_worker(settings: Settings, connect: Connect) -> Iterator[Worker]:
         )
 
 
+def _limits_of_party(settings: Settings) -> PartyLimits:
+    own = settings.privacy
+    return PartyLimits(
+        delta=own.delta,
+        accountant=own.accountant,
+        max_epsilon=own.most_epsilon,
+        min_noise_multiplier=own.least_noise,
+        must_be_noised=own.is_asked_for,
+    )
+
+
+def _refuse_rounded_norms(settings: Settings) -> None:
+    if settings.worker.precision != "float32":
+        raise ConfigurationError(
+            f"[worker] precision = {settings.worker.precision!r} rounds the norms of gradients, and one that is rounded down is "
+            "clipped too little: under differential privacy take float32"
+        )
+
+
 def _budget(settings: Settings, identity: Identity) -> Budget:
     """Raises ConfigurationError for one that no update stays within, as far as this party's settings know the codec."""
     budget = Budget(bytes=settings.worker.budget, seconds=settings.worker.budget_seconds)
     facts = fields_bytes(federation=identity.federation, party=identity.party)
-    check_budget(budget, codec=settings.codec.up, manifest=identity.manifest, fields_bytes=facts)
+    check_budget(budget, codec=settings.update_codec, manifest=identity.manifest, fields_bytes=facts)
     return budget
 
 
@@ -241,7 +319,7 @@ def built_evaluator(settings: Settings, connect: Connect) -> Evaluator:
     """Raises ConfigurationError, DataError."""
     task = task_of(settings)
     examples = task.test_examples(settings.task.data)
-    module, manifest, model = initial(task, settings.task.data, settings.task.seed)
+    module, manifest, model = _initial(settings, task)
     device = choose_device(settings.evaluation.device)
 
     def evaluate_here(model: Vector) -> Score:

@@ -39,8 +39,8 @@ class Delta:
         return vector
 
     def norm(self) -> float:
-        """Euclidean, accumulated in float64."""
-        return float(np.sqrt(np.dot(self.values.astype(np.float64), self.values)))
+        """Euclidean, accumulated in float64 and in the same order on every machine, as BLAS would not."""
+        return float(np.sqrt(np.square(self.values, dtype=np.float64).sum()))
 
     def largest(self) -> float:
         """The largest magnitude."""

@@ -15,6 +15,8 @@ class SparsifierEntry:
     argument: Literal["density", "threshold"]
     """A density is over 0 and at most 1, a threshold a float32 over 0, finite."""
     example: str
+    by_magnitude: bool = False
+    """Whether the choice looks at the values: after the noise of differential privacy, the largest values are noise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,10 +31,10 @@ class QuantizerEntry:
 
 
 SPARSIFIERS: dict[str, SparsifierEntry] = {
-    "topk": SparsifierEntry(TOP_K, "density", "topk:0.01"),
-    "topk-per-tensor": SparsifierEntry(TOP_K_PER_TENSOR, "density", "topk-per-tensor:0.01"),
+    "topk": SparsifierEntry(TOP_K, "density", "topk:0.01", by_magnitude=True),
+    "topk-per-tensor": SparsifierEntry(TOP_K_PER_TENSOR, "density", "topk-per-tensor:0.01", by_magnitude=True),
     "randomk": SparsifierEntry(RANDOM_K, "density", "randomk:0.05"),
-    "threshold": SparsifierEntry(THRESHOLD, "threshold", "threshold:0.001"),
+    "threshold": SparsifierEntry(THRESHOLD, "threshold", "threshold:0.001", by_magnitude=True),
 }
 
 QUANTIZERS: dict[str, QuantizerEntry] = {

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from broadcasting import Broadcaster, publish
 
-from aggregator.admission import Limits
+from aggregator import admission
 from aggregator.broadcast import BroadcastPlan
 from aggregator.coordinator import Coordinator, Rules
 from aggregator.decisions import Goal
@@ -21,6 +21,7 @@ from aggregator.snapshots import Snapshots
 from broker_fl.config import MergingSettings
 from broker_fl.database import sqlite_url
 from broker_fl.parameters import manifest_of
+from broker_fl.privacy.policy import Limits
 from broker_fl.topology import Names, party, party_permissions, policies, shared
 from broker_fl.transports.memory import MemoryBroker
 from broker_fl.transports.parts import Assembler
@@ -31,7 +32,9 @@ from schemas.receipt import Receipt
 from schemas.update import ModelUpdate
 from workers.encoding import Budget
 from workers.outbox import open_outbox
+from workers.privacy import PrivacyBudget
 from workers.service import Identity, Link, Worker
+from workers.spending import spending_file
 from workers.trainer import TrainResult
 
 FEDERATION = "ward"
@@ -39,6 +42,9 @@ NAMES = Names(FEDERATION)
 MANIFEST = manifest_of({"hidden.weight": np.zeros((40, 50), np.float32), "hidden.bias": np.zeros(8, np.float32)})
 PLAN = TrainingPlan(epochs=3, learning_rate=0.125)
 PARTIES = ("ann", "bob")
+NUM_EXAMPLES = 12
+PLAIN = Limits(delta=1e-5, accountant="rdp")
+"""Of a party that asks for nothing."""
 PATIENCE_S = 20.0
 """The bound of every wait."""
 
@@ -48,12 +54,13 @@ class Trainer:
 
     def __init__(self, delta=1.0):
         self.delta = delta
-        self.bases, self.plans, self.seeds = [], [], []
+        self.bases, self.plans, self.mechanisms, self.seeds = [], [], [], []
         self.began = threading.Event()
         self.goes_on = threading.Event()
         self.goes_on.set()
 
-    def __call__(self, base, plan, *, seed, should_stop):
+    def __call__(self, base, plan, *, mechanism, seed, should_stop):
+        self.mechanisms.append(mechanism)
         self.bases.append(base)
         self.plans.append(plan)
         self.seeds.append(seed)
@@ -63,7 +70,10 @@ class Trainer:
                 return None
         delta = self.delta(len(self.bases)) if callable(self.delta) else self.delta
         return TrainResult(
-            delta=np.broadcast_to(np.asarray(delta, np.float32), base.shape).copy(), num_samples=12, num_steps=4, mean_loss=0.5
+            delta=np.broadcast_to(np.asarray(delta, np.float32), base.shape).copy(),
+            num_samples=NUM_EXAMPLES,
+            num_steps=4,
+            mean_loss=0.5,
         )
 
 
@@ -91,12 +101,15 @@ class Centre:
         manifest=MANIFEST,
         down="float32",
         with_keyframe=False,
+        privacy=None,
     ):
         """The first frame as a keyframe and its announcement; then changes. A number that was there already: that frame again.
 
         By default every parameter is the version's number.
         """
-        plan = Plan(training=PLAN, update_codec=up, momentum_correction=momentum, fraction=fraction, repeat=repeat)
+        plan = Plan(
+            training=PLAN, update_codec=up, momentum_correction=momentum, fraction=fraction, repeat=repeat, privacy=privacy
+        )
         vector = np.full(manifest.size, version, np.float32) if model is None else model
         if self.frames is None or self.frames.ledger != ledger:
             self.frames = Broadcaster(FEDERATION, manifest, ledger=ledger, down=down, plan=plan, number=(number or 1) - 1)
@@ -179,6 +192,8 @@ class Home:
         budget=None,
         throttle=1.0,
         resend_after_s=120.0,
+        limits=PLAIN,
+        record=None,
     ):
         """The worker at work; at the end it is stopped, unless it ended by itself. What it fails with is raised at the end."""
         own = np.full(manifest.size, -1, np.float32) if initial is None else initial
@@ -187,6 +202,15 @@ class Home:
                 connect or self.connect,
                 outbox,
                 train,
+                PrivacyBudget(
+                    outbox,
+                    file=record or spending_file(self.folder, self.party),
+                    limits=limits,
+                    federation=FEDERATION,
+                    party=self.party,
+                    num_examples=NUM_EXAMPLES,
+                    clock=clock,
+                ),
                 identity=Identity(FEDERATION, self.party, manifest, own),
                 link=Link(**{"part_bytes": 1024, "max_message_bytes": 1 << 20, "inbox_grace_s": grace_s, **(link or {})}),
                 budget=budget or Budget(),
@@ -250,7 +274,7 @@ def new_trainer():
 def aggregator(tmp_path, broker):
     """A function that runs the real one, which merges every update with weight 1."""
     merging = MergingSettings(mixing_rate=1.0, staleness="constant")
-    limits = Limits(names=NAMES, manifest=MANIFEST, max_update_bytes=1 << 20, max_update_norm=None)
+    limits = admission.Limits(names=NAMES, manifest=MANIFEST, max_update_bytes=1 << 20, max_update_norm=None)
     pace = Pace(prefetch=8, group_updates=8, group_s=0.001, part_bytes=1024, max_message_bytes=1 << 20, tick_s=0.01)
 
     @asynccontextmanager
