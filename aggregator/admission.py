@@ -14,6 +14,7 @@ from aggregator.merging.fold import State, Strategy
 from broker_fl.codecs.codec import decode, parse_codec
 from broker_fl.codecs.delta import Delta
 from broker_fl.errors import ConfigurationError, DecodeError
+from broker_fl.privacy.policy import Demands
 from broker_fl.topology import Names
 from schemas import wire
 from schemas.ids import Digest, is_name
@@ -33,6 +34,8 @@ class Limits:
     manifest: Manifest
     max_update_bytes: int
     max_update_norm: float | None
+    privacy: Demands | None = None
+    """None where updates need no noise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +84,7 @@ def examine(body: bytes, sender: Sender, limits: Limits) -> Examined | Refused:
         update = wire.decode(ModelUpdate, body)
     except DecodeError as exc:
         return Refused("malformed", str(exc))
-    refused = _misaddressed(update, sender, limits)
+    refused = _misaddressed(update, sender, limits) or _unprotected(update, limits)
     if refused:
         return refused
     try:
@@ -105,6 +108,11 @@ def _misaddressed(update: ModelUpdate, sender: Sender, limits: Limits) -> Refuse
     if update.manifest_digest != limits.manifest.digest:
         return Refused("manifest", f"is for the model {update.manifest_digest[:12]}, not {limits.manifest.digest[:12]}")
     return None
+
+
+def _unprotected(update: ModelUpdate, limits: Limits) -> Refused | None:
+    shortfall = limits.privacy.shortfall(update.privacy) if limits.privacy is not None else None
+    return None if shortfall is None else Refused("privacy", shortfall)
 
 
 def _out_of_bounds(delta: Delta, limits: Limits) -> Refused | None:
@@ -156,6 +164,6 @@ def admit(
         return Refused("base", f"trained from a version {update.base_version} that this ledger never broadcast")
     if strategy.keeps_bases and update.base_version not in state.bases:
         return Refused("base", f"version {update.base_version} was broadcast before mixing began, or a rollback")
-    if strategy.one_per_version and state.buffer is not None and update.party in state.buffer.parties:
-        return Refused("repeated", f"there is an update of {update.party!r} for version {update.base_version} already")
+    if strategy.one_per_buffer and state.buffer is not None and update.party in state.buffer.parties:
+        return Refused("repeated", f"there is an update of {update.party!r} in the buffer already")
     return None

@@ -19,6 +19,7 @@ from broker_fl.parameters import Vector, digest, fingerprint
 from schemas import wire
 from schemas.frame import KeyframePlace, ModelFrame, Plan, TrainingPlan
 from schemas.manifest import Manifest
+from schemas.privacy import PrivacyPlan
 
 EXACT = "float32"
 """The codec that a keyframe takes where another one would change what it holds."""
@@ -48,6 +49,7 @@ class BroadcastPlan:
     repeat: bool
     every_versions: int
     every_s: float
+    privacy: PrivacyPlan | None = None
 
     def at(self, version: int) -> Plan:
         """What training from this version should use. Raises ConfigurationError if `up` has no density that could warm up."""
@@ -57,6 +59,7 @@ class BroadcastPlan:
             momentum_correction=self.momentum_correction,
             fraction=self.fraction,
             repeat=self.repeat,
+            privacy=self.privacy,
         )
 
     def down_at(self, version: int) -> Codec:

@@ -14,10 +14,12 @@ import structlog
 
 from aggregator.admission import Examined, Limits, Refused, RolledBack, Sender, admit, examine, payload_digest
 from aggregator.broadcast import BroadcastPlan, Held, exact_keyframe, has_passed, is_due, make_frame
+from aggregator.client_privacy import WARNING
 from aggregator.decisions import Arrival, Goal, PartBody, Verdict, accepted_entry, receipt_for, refused_entry
 from aggregator.ledger import Ledger
 from aggregator.merging.fold import Contribution, State, Strategy, remember_base
 from aggregator.merging.strategies import build_strategy
+from aggregator.party_spending import PartySpending
 from aggregator.records import Entry, FrameRow, Lead, SnapshotRow
 from aggregator.recovery import recover, recover_held
 from aggregator.snapshots import Snapshots, Stored, epoch_of
@@ -65,7 +67,7 @@ class Coordinator:
         self._clock = clock
         self._holder = holder
         self._spool = Spool(ledger, max_update_bytes=rules.limits.max_update_bytes)
-        self._strategy: Strategy = build_strategy(rules.merging)
+        self._strategy: Strategy = build_strategy(rules.merging, noise_key=ledger.noise_key())
         self._state = State(version=0, model=np.empty(0, dtype=np.float32))
         self._model_digest = ""
         self._seq = 0
@@ -73,6 +75,7 @@ class Coordinator:
         self._held: Held | None = None
         self._frame_digests: dict[int, str] = {}
         self._rolled_back: list[RolledBack] = []
+        self._privacy: PartySpending | None = None
         self._buffer_since: float | None = None
         self._expired_at = self._looked_at = 0.0
         self.counts: Counter[str] = Counter()
@@ -93,12 +96,16 @@ class Coordinator:
         else:
             self._recover()
         self._rolled_back = [RolledBack(entry.base_version or 0, entry.version) for entry in self._ledger.entries_of("rollback")]
+        demands = self._rules.limits.privacy
+        self._privacy = None if demands is None else PartySpending(demands, self._ledger.spent_by_party())
         oldest = self._state.version - self._strategy.max_staleness
         self._frame_digests = {frame.version: frame.digest for frame in self._ledger.frames_from(oldest)}
         self._buffer_since = self._clock() if self._state.buffer is not None else None
         if self._has_gone_back:
             with self._ledger.transaction():
                 self._add_frame(over=self.is_over)
+        if self._rules.merging.noise_multiplier is not None:
+            log.warning("client-level differential privacy", warning=WARNING)
         self._reopen_if_goal_moved(facts)
         self._sweep(facts["ledger_id"])
 
@@ -179,7 +186,7 @@ class Coordinator:
         log.info("merging settings changed", version=self._state.version, strategy=self._rules.merging.strategy)
         with self._ledger.transaction():
             if self._state.buffer is not None:
-                self._append_flush(build_strategy(before))
+                self._append_flush(build_strategy(before, noise_key=self._ledger.noise_key()))
             self._append_strategy()
         self._state = replace(self._state, bases={})
         if self._held is not None and self._held.frame.version == self._state.version:
@@ -338,6 +345,7 @@ class Coordinator:
             content = examine(whole, sender, self._rules.limits) if isinstance(whole, bytes) else whole
         if isinstance(content, Refused):
             return self._refuse(sender, content, size)
+        epsilon = None if self._privacy is None else self._privacy.add(content.update)
         refused = admit(
             content,
             self._state,
@@ -345,9 +353,10 @@ class Coordinator:
             frame_digests=self._frame_digests,
             rolled_back=self._rolled_back,
         )
-        if refused is not None:
-            return self._refuse(sender, refused, size, update=content.update)
-        return self._merge(content, size)
+        if refused is None and self._privacy is not None:
+            refused = self._privacy.overspent(content.update.party)
+        verdict, entry = self._merge(content, size) if refused is None else self._refuse(sender, refused, size, content.update)
+        return replace(verdict, epsilon=epsilon), entry
 
     def _duplicate(self, known: Entry, sender: Sender, size: int) -> Verdict:
         """Decided before: the same receipt again, and nothing else. A sender in doubt sends again, so it is no fault."""
@@ -357,7 +366,7 @@ class Coordinator:
         refused = None if receipt.reason is None else Refused(receipt.reason, receipt.detail)
         return Verdict(receipt, refused, is_duplicate=True, codec=known.codec or "", size=size)
 
-    def _refuse(self, sender: Sender, refused: Refused, size: int, *, update: ModelUpdate | None = None) -> tuple[Verdict, Entry]:
+    def _refuse(self, sender: Sender, refused: Refused, size: int, update: ModelUpdate | None = None) -> tuple[Verdict, Entry]:
         self.counts["refused"] += 1
         self._seq += 1
         entry = refused_entry(self._seq, sender, refused, at=self._clock(), version=self._state.version, size=size, update=update)

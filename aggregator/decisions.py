@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from typing import TypedDict
 
 from aggregator.admission import Examined, Refused, Sender
 from aggregator.merging.fold import Outcome
@@ -36,6 +37,8 @@ class Verdict:
     is_duplicate: bool = False
     codec: str = ""
     size: int = 0
+    epsilon: float | None = None
+    """What the party has spent by now; None without differential privacy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +57,23 @@ class Goal:
         return self.target_accuracy is not None and accuracy is not None and accuracy >= self.target_accuracy
 
 
+class Cost(TypedDict, total=False):
+    """The part of an entry that says what an update cost its party's privacy."""
+
+    num_steps: int
+    noise_multiplier: float | None
+    sample_rate: float | None
+
+
+def cost_of(update: ModelUpdate) -> Cost:
+    facts = update.privacy
+    return Cost(
+        num_steps=update.num_steps,
+        noise_multiplier=None if facts is None else facts.noise_multiplier,
+        sample_rate=None if facts is None else facts.sample_rate,
+    )
+
+
 def accepted_entry(seq: int, examined: Examined, outcome: Outcome, *, at: float, version: int, size: int) -> Entry:
     update = examined.update
     return Entry(
@@ -66,6 +86,7 @@ def accepted_entry(seq: int, examined: Examined, outcome: Outcome, *, at: float,
         sequence=update.sequence,
         base_version=update.base_version,
         num_samples=update.num_samples,
+        **cost_of(update),
         train_loss=update.train_loss,
         codec=update.codec,
         size=size,
@@ -90,6 +111,7 @@ def refused_entry(
         update_id=sender.update_id,
         sequence=update.sequence if update else None,
         base_version=update.base_version if update else None,
+        **(cost_of(update) if update else {}),
         codec=update.codec if update else None,
         size=size,
         outcome="refused",

@@ -39,6 +39,7 @@ from broker_fl.database import (
 from broker_fl.errors import DamagedError, FencedError, StorageInUseError
 
 LEAD_ROW = 1
+NOISE_KEY = "noise_key"
 _WITHOUT_PAYLOAD = [column for column in ENTRIES.c if column.name != "payload"]
 _READ_ENTRIES = 256
 _READ_BYTES = 32 << 20
@@ -144,9 +145,17 @@ class Ledger:
         return self._epoch or 0
 
     def facts(self) -> dict[str, str]:
-        """What this ledger is about: its id, federation, manifest."""
+        """What this ledger is about: its id, federation, manifest. Not its key, which is for nobody to show."""
         with self._reading():
-            return {row.key: row.value for row in self._connection.execute(select(META))}
+            return {row.key: row.value for row in self._connection.execute(select(META).where(META.c.key != NOISE_KEY))}
+
+    def noise_key(self) -> bytes:
+        """From which the noise of each version follows. Raises DamagedError."""
+        with self._reading():
+            key = self._connection.execute(select(META.c.value).where(META.c.key == NOISE_KEY)).scalar_one_or_none()
+        if key is None:
+            raise DamagedError(f"{self.name} has lost its noise key; restore it from a backup")
+        return bytes.fromhex(key)
 
     def set_fact(self, key: str, value: str) -> None:
         self._connection.execute(delete(META).where(META.c.key == key))
@@ -194,6 +203,18 @@ class Ledger:
             yield from (Entry(**row) for row in rows)
             seq = last
 
+    def entries_without_payloads(self) -> Iterator[Entry]:
+        """All, in order, some at a time."""
+        seq = 0
+        while True:
+            query = select(*_WITHOUT_PAYLOAD).where(ENTRIES.c.seq > seq).order_by(ENTRIES.c.seq).limit(_READ_ENTRIES)
+            with self._reading():
+                rows = self._connection.execute(query).mappings().all()
+            if not rows:
+                return
+            yield from (Entry(**row) for row in rows)
+            seq = rows[-1]["seq"]
+
     def _batch_after(self, seq: int) -> int | None:
         """The last entry of those that are read together; None if there are no more."""
         sizes = select(ENTRIES.c.seq, func.coalesce(func.length(ENTRIES.c.payload), 0))
@@ -206,6 +227,16 @@ class Ledger:
                 break
             last = int(number)
         return last
+
+    def spent_by_party(self) -> dict[str, dict[tuple[float, float], int]]:
+        """Steps by (noise multiplier, sample rate) of all updates that said so, merged or refused: they were all sent."""
+        kind = (ENTRIES.c.party, ENTRIES.c.noise_multiplier, ENTRIES.c.sample_rate)
+        query = select(*kind, func.sum(ENTRIES.c.num_steps)).where(ENTRIES.c.noise_multiplier.is_not(None)).group_by(*kind)
+        spent: dict[str, dict[tuple[float, float], int]] = {}
+        with self._reading():
+            for party, noise, rate, steps in self._connection.execute(query):
+                spent.setdefault(party, {})[noise, rate] = int(steps)
+        return spent
 
     def entries_of(self, kind: str) -> list[Entry]:
         """In order: `merging` say by which settings the ones after them were merged, `rollback` which versions count no more."""

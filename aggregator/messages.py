@@ -66,6 +66,7 @@ def _facts(verdict: Verdict) -> UpdateFacts:
         bytes=verdict.size,
         codec=verdict.codec,
         reason=refused.reason if refused else None,
+        epsilon=verdict.epsilon,
     )
 
 

@@ -1,5 +1,6 @@
 """Opening ledgers: to write, to read, and which of them are none of ours."""
 
+import secrets
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,7 +8,8 @@ from contextlib import contextmanager
 from sqlalchemy import Connection, insert, inspect
 from sqlalchemy.exc import IntegrityError
 
-from aggregator.ledger import LEAD_ROW, Ledger
+from aggregator.ledger import LEAD_ROW, NOISE_KEY, Ledger
+from aggregator.merging.noise import KEY_BYTES
 from aggregator.records import FORMAT, LEAD, META, TABLES
 from broker_fl.database import display_name, is_there, open_database, open_for_reading, reading, storage_errors
 from broker_fl.errors import ConfigurationError, DamagedError
@@ -61,7 +63,7 @@ def open_ledger(url: str, *, may_create: bool = True) -> Iterator[Ledger]:
 
 def _begin(connection: Connection, ledger: Ledger) -> None:
     """A standby that starts at the same moment may be the one that does it."""
-    facts = {"ledger_id": uuid.uuid4().hex, "format": FORMAT}
+    facts = {"ledger_id": uuid.uuid4().hex, "format": FORMAT, NOISE_KEY: secrets.token_hex(KEY_BYTES)}
     try:
         with ledger.transaction():
             connection.execute(insert(META), [{"key": key, "value": value} for key, value in facts.items()])

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 from sqlalchemy import BigInteger, Boolean, Column, Float, Integer, LargeBinary, MetaData, String, Table, UniqueConstraint
 
-FORMAT = "3"
-"""Of the tables. Format 1 kept whole models as frames, from which no chain of changes can be made; format 2 had no hash chain."""
+FORMAT = "4"
+"""Of the tables. Format 1 kept whole models as frames, from which no chain of changes can be made; format 2 had no hash chain;
+format 3 did not say what an update cost its party's privacy."""
 
 TABLES = MetaData()
 _Counter = BigInteger().with_variant(Integer, "sqlite")
@@ -24,6 +25,9 @@ ENTRIES = Table(
     Column("sequence", _Counter),
     Column("base_version", _Counter),  # what an update was trained from, or a rollback goes back to
     Column("num_samples", _Counter),
+    Column("num_steps", _Counter),
+    Column("noise_multiplier", Float),  # this and the next: of an update that was noised, by its party's word
+    Column("sample_rate", Float),
     Column("train_loss", Float),
     Column("codec", String(64)),
     Column("size", _Counter),
@@ -118,6 +122,9 @@ class Entry:
     sequence: int | None = None
     base_version: int | None = None
     num_samples: int | None = None
+    num_steps: int | None = None
+    noise_multiplier: float | None = None
+    sample_rate: float | None = None
     train_loss: float | None = None
     codec: str | None = None
     size: int | None = None

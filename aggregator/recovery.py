@@ -177,7 +177,8 @@ def replay(
     `skip`: the updates of this party keep their place, and add nothing. Versions and weights stay as recorded; what the others
     would have trained from another model, nobody can know.
     """
-    strategy = build_strategy(start.merging)
+    noise_key = ledger.noise_key()
+    strategy = build_strategy(start.merging, noise_key=noise_key)
     current = start
     bases: Bases = OwnBases(ledger) if skip is not None else BroadcastBases(ledger, manifest)
     targets = _Targets(ledger, after=start.seq)
@@ -188,7 +189,7 @@ def replay(
         state, merging = current.state, current.merging
         if entry.kind == "merging":
             merging = MergingSettings.model_validate_json(entry.payload or b"")
-            strategy = build_strategy(merging)
+            strategy = build_strategy(merging, noise_key=noise_key)
             state = replace(state, bases={})
         elif entry.kind == "flush":
             state = strategy.flush(state)

@@ -2,6 +2,11 @@
 
 FedBuff (Nguyen et al. 2022, algorithm 1): x <- x + eta_g * (1 / K) * sum s(t_i) * delta_i.
 FedAvg (McMahan et al. 2017, algorithm 1, on deltas): x <- x + eta_g * sum n_i * delta_i / sum n_i, all from the current version.
+
+With noise, either of them is DP-FedAvg (McMahan et al. 2018, algorithm 1, with the estimator of a fixed denominator): each delta
+is clipped to the norm S, all weigh at most 1, a party has one in a buffer, and
+
+    x <- x + eta_g * (sum w_i * clip(delta_i, S) + N(0, (z S)^2)) / K
 """
 
 from dataclasses import dataclass, replace
@@ -9,6 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from aggregator.merging.fold import Buffer, Contribution, Outcome, State
+from aggregator.merging.noise import Noise, noise_of
 from aggregator.merging.staleness import STALENESS
 from broker_fl.config import MergingSettings
 from broker_fl.parameters import Vector
@@ -21,6 +27,11 @@ class Buffered:
     """Weigh by the number of samples and divide by their sum (FedAvg), or by staleness and divide by the count (FedBuff)."""
     max_staleness: int
     one_per_version: bool
+    noise: Noise | None = None
+
+    @property
+    def one_per_buffer(self) -> bool:
+        return self.one_per_version or self.noise is not None
 
     @property
     def keeps_bases(self) -> bool:
@@ -28,7 +39,7 @@ class Buffered:
 
     @property
     def may_repeat(self) -> bool:
-        return not self.one_per_version
+        return not self.one_per_buffer
 
     def init(self, model: Vector) -> State:
         return State(version=0, model=model)
@@ -36,13 +47,15 @@ class Buffered:
     def apply(self, state: State, contribution: Contribution) -> tuple[State, Outcome]:
         staleness = state.version - contribution.base_version
         discount = STALENESS[self.settings.staleness](staleness, self.settings)
-        weight = float(contribution.num_samples) if self.by_samples else discount
+        # A count of samples is no bound of what a party may add.
+        weight = discount if not self.by_samples else 1.0 if self.noise is not None else float(contribution.num_samples)
         buffer = state.buffer or Buffer(np.zeros_like(state.model), 0.0, ())
         parties = (*buffer.parties, contribution.party)
         if contribution.is_void:
             buffer = replace(buffer, parties=parties)
         else:
-            contribution.delta.add_to(buffer.total, weight)
+            factor = _clipping(contribution.delta.norm(), self.settings.clip_norm)
+            contribution.delta.add_to(buffer.total, weight * factor)
             buffer = Buffer(buffer.total, buffer.weight + (weight if self.by_samples else 1.0), parties)
         state = replace(state, buffer=buffer)
         if len(buffer.parties) < self.settings.buffer_size:
@@ -53,16 +66,26 @@ class Buffered:
         buffer = state.buffer
         if buffer is None:
             return state
-        if buffer.weight:  # Without, all of it was void.
-            step = np.float32(self.settings.server_learning_rate / buffer.weight)
-            np.add(state.model, buffer.total * step, out=state.model)
-        return replace(state, version=state.version + 1, buffer=None)
+        version = state.version + 1
+        if self.noise is not None:
+            total = buffer.total + self.noise.for_version(version, size=buffer.total.size)
+            weight = float(self.settings.buffer_size)
+        else:
+            total, weight = buffer.total, buffer.weight
+        if weight:  # Without, all of it was void.
+            np.add(state.model, total * np.float32(self.settings.server_learning_rate / weight), out=state.model)
+        return replace(state, version=version, buffer=None)
 
 
-def fedbuff(settings: MergingSettings) -> Buffered:
-    return Buffered(settings, by_samples=False, max_staleness=settings.max_staleness, one_per_version=False)
+def _clipping(norm: float, most: float | None) -> float:
+    return 1.0 if most is None or norm <= most else most / norm
 
 
-def fedavg(settings: MergingSettings) -> Buffered:
+def fedbuff(settings: MergingSettings, noise_key: bytes = b"") -> Buffered:
+    noise = noise_of(settings, noise_key)
+    return Buffered(settings, by_samples=False, max_staleness=settings.max_staleness, one_per_version=False, noise=noise)
+
+
+def fedavg(settings: MergingSettings, noise_key: bytes = b"") -> Buffered:
     """The staleness bound is 0: who missed a version is refused, and its delta goes back to its residual."""
-    return Buffered(settings, by_samples=True, max_staleness=0, one_per_version=True)
+    return Buffered(settings, by_samples=True, max_staleness=0, one_per_version=True, noise=noise_of(settings, noise_key))

@@ -64,6 +64,10 @@ class Strategy(Protocol):
         """Whether a party may contribute once to each version only, and every version is broadcast at once."""
 
     @property
+    def one_per_buffer(self) -> bool:
+        """Whether a party may have one contribution in a buffer only."""
+
+    @property
     def may_repeat(self) -> bool:
         """Whether a party may train from one version more than once."""
 

@@ -35,6 +35,10 @@ class FedAsync:
         return False
 
     @property
+    def one_per_buffer(self) -> bool:
+        return False
+
+    @property
     def may_repeat(self) -> bool:
         return False
 

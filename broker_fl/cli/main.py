@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from broker_fl import __version__
-from broker_fl.cli import aggregator, demo, evaluator, init, ledger, model, party, status, worker
+from broker_fl.cli import aggregator, demo, evaluator, init, ledger, model, party, privacy, status, worker
 
 app = typer.Typer(
     name="broker-fl",
@@ -25,6 +25,7 @@ app.add_typer(party.app, name="party")
 app.command("status")(status.command)
 app.add_typer(ledger.app, name="ledger")
 app.add_typer(model.app, name="model")
+app.add_typer(privacy.app, name="privacy")
 
 
 def _print_version(wanted: bool) -> None:

@@ -114,7 +114,7 @@ def test_ledger_of_an_earlier_format_is_named_and_left_as_it_is(url):
     with open_ledger(url) as ledger, ledger.transaction():
         ledger._connection.exec_driver_sql("DELETE FROM meta WHERE key = 'format'")
     for opening in (lambda: open_ledger(url), lambda: open_ledger_for_reading(url)):
-        with pytest.raises(ConfigurationError, match=r"is in format 1, this broker-fl writes format 3"), opening():
+        with pytest.raises(ConfigurationError, match=r"is in format 1, this broker-fl writes format 4"), opening():
             pass
     # Nor was its format added.
     with pytest.raises(ConfigurationError, match="format 1"), open_ledger(url):
