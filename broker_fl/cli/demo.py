@@ -29,6 +29,14 @@ def command(
     channels_last: Annotated[
         bool | None, typer.Option("--channels-last/--no-channels-last", help="Memory layout of images.", show_default=False)
     ] = None,
+    epsilon: Annotated[
+        float | None,
+        typer.Option(
+            "--epsilon",
+            help="Train with differential privacy: what each party may spend on its examples, at delta 1e-5.",
+            show_default=False,
+        ),
+    ] = None,
     steady: Annotated[bool, typer.Option("--steady", help="Nobody is late, slow or killed.")] = False,
     keep: Annotated[bool, typer.Option("--keep", help="Leave the private broker up afterwards, to look at.")] = False,
     amqp_port: Annotated[
@@ -73,6 +81,7 @@ def command(
             steady=steady,
             keep=keep,
             scheme=partition,
+            epsilon=epsilon,
             folder=_prepared(folder) if folder else Path(temporary),
             flags=flags,
         )
@@ -112,7 +121,7 @@ def _play(demo: "Demo", broker: str, *, amqp_port: int | None, management_port: 
 
     # What can be wrong with the settings is found before a broker is started.
     settings = load_settings(flags=demo.settings(federation="demo"), environment={})
-    news = News(console, goal_versions=settings.aggregator.versions)
+    news = News(console, goal_versions=settings.aggregator.versions, max_epsilon=settings.privacy.most_epsilon)
 
     async def on_stage() -> "Summary":
         async with set_stage(demo, broker, amqp_port=amqp_port, management_port=management_port, say=news.say) as stage:

@@ -21,6 +21,8 @@ class PartyFigures:
     last_staleness: int = 0
     bytes_up: int = 0
     bytes_down: int = 0
+    epsilon: float | None = None
+    """What it has spent, by the aggregator's count; None without differential privacy."""
     note: str = ""
 
 
@@ -73,6 +75,8 @@ class Figures:
 
     def _take_update(self, update: UpdateFacts) -> None:
         party = self.parties.get(update.party or "", PartyFigures())
+        if update.epsilon is not None:
+            party.epsilon = update.epsilon
         match update.outcome:
             case "duplicate":
                 self.duplicates += 1

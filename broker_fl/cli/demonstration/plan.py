@@ -7,7 +7,9 @@ from pathlib import Path
 
 from broker_fl.cli.options import Flags
 
-DIGITS_EPOCHS = 5
+DIGITS_TRAINING = {"epochs": 5}
+NOISED_DIGITS_TRAINING = {"epochs": 1, "batch_size": 128, "learning_rate": 0.5}
+"""Large samples and few steps: what learns most for its epsilon."""
 VERSIONS_PER_PARTY = 30
 SLOW_THROTTLE = 4.0
 
@@ -24,6 +26,8 @@ class Demo:
     folder: Path
     flags: Flags
     """The settings that the user gave."""
+    epsilon: float | None = None
+    """What each party may spend on its examples; None for no differential privacy."""
     prefix: str = ""
     """Of the parties' names, on a broker that others use too."""
 
@@ -63,11 +67,19 @@ class Demo:
             "aggregator": {"state": str(self.folder / "aggregator"), "versions": self.goal_versions, "seconds": self.seconds},
             "worker": {"state": str(self.folder / "workers"), "threads": threads},
         }
-        if self.flags.get("task", {}).get("name", "digits") == "digits":
-            flags["training"] = {"epochs": DIGITS_EPOCHS}
+        is_digits = self.flags.get("task", {}).get("name", "digits") == "digits"
+        if self.epsilon is not None:
+            flags["privacy"] = self._privacy(self.epsilon)
+        if is_digits:
+            flags["training"] = dict(DIGITS_TRAINING if self.epsilon is None else NOISED_DIGITS_TRAINING)
         for section, keys in self.flags.items():
             flags.setdefault(section, {}).update(keys)
         return flags
+
+    def _privacy(self, epsilon: float) -> dict[str, object]:
+        """Enough trainings for each that those who are late, slow or killed can be waited for."""
+        share = (self.goal_versions or VERSIONS_PER_PARTY * self.parties) / self.parties
+        return {"mechanism": "dp-sgd", "target_epsilon": epsilon, "planned_trainings": math.ceil(1.5 * share)}
 
     def of_party(self, name: str) -> Flags:
         share = f"{self.names.index(name) + 1}/{self.parties}"

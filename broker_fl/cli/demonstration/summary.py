@@ -1,13 +1,16 @@
 """What a demo came to, from the ledger and the parties' own counters."""
 
 from dataclasses import dataclass
+from typing import TypedDict
 
 from aggregator.opening import open_ledger_for_reading
 from aggregator.recovery import manifest_of_ledger
 from broker_fl.cli.demonstration.figures import Figures
 from broker_fl.cli.stores import ledger_url
 from broker_fl.config import Settings
+from broker_fl.privacy.accounting import epsilon_of
 from workers.outbox import read_counters
+from workers.spending import open_spending, spending_file
 
 _FLOAT32_BYTES = 4
 
@@ -35,6 +38,10 @@ class Summary:
     """What the same frames would have taken with the whole model in each."""
     max_staleness_seen: int
     seconds: float
+    epsilon_spent: dict[str, float] | None
+    """By party and its own record, at `delta`; None without differential privacy. Likewise the next two."""
+    max_epsilon: float | None
+    delta: float | None
 
 
 def summarise(settings: Settings, figures: Figures, *, broker: str) -> Summary:
@@ -64,4 +71,27 @@ def summarise(settings: Settings, figures: Figures, *, broker: str) -> Summary:
         bytes_down_dense_float32=frames * parameters * _FLOAT32_BYTES,
         max_staleness_seen=max((total.max_staleness for total in accepted), default=0),
         seconds=round(figures.seconds, 2),
+        **_privacy(settings, figures),
     )
+
+
+class _Privacy(TypedDict):
+    epsilon_spent: dict[str, float] | None
+    max_epsilon: float | None
+    delta: float | None
+
+
+def _privacy(settings: Settings, figures: Figures) -> _Privacy:
+    own = settings.privacy
+    if not own.is_asked_for:
+        return _Privacy(epsilon_spent=None, max_epsilon=None, delta=None)
+    spent = {party: _spent(settings, party) for party in figures.parties}
+    return _Privacy(epsilon_spent=spent, max_epsilon=own.most_epsilon, delta=own.delta)
+
+
+def _spent(settings: Settings, party: str) -> float:
+    file = spending_file(settings.worker.state, party)
+    if not file.exists():
+        return 0.0
+    with open_spending(file) as spending:
+        return epsilon_of(spending.history(), delta=settings.privacy.delta, accountant=settings.privacy.accountant)

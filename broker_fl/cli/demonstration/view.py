@@ -15,14 +15,16 @@ from broker_fl.cli.demonstration.summary import Summary
 
 _LINE_EVERY_S = 2.0
 _REDRAW_S = 0.25
+_BUDGET_WIDTH = 18
 
 
 class News:
     """Live tables on a terminal; lines, now and then, anywhere else."""
 
-    def __init__(self, console: Console, *, goal_versions: int | None) -> None:
+    def __init__(self, console: Console, *, goal_versions: int | None, max_epsilon: float | None = None) -> None:
         self._console = console
         self._goal_versions = goal_versions
+        self._max_epsilon = max_epsilon
 
     def say(self, text: str) -> None:
         """Something that happened; it stays above the tables."""
@@ -42,12 +44,12 @@ class News:
     async def _show_live(self, figures: Figures) -> None:
         with Live(console=self._console, auto_refresh=False, transient=True) as screen:
             while True:
-                screen.update(live(figures, goal_versions=self._goal_versions), refresh=True)
+                screen.update(live(figures, goal_versions=self._goal_versions, max_epsilon=self._max_epsilon), refresh=True)
                 await asyncio.sleep(_REDRAW_S)
 
     async def _show_lines(self, figures: Figures) -> None:
         while True:
-            self.say(headline(figures))
+            self.say(headline(figures, max_epsilon=self._max_epsilon))
             await asyncio.sleep(_LINE_EVERY_S)
 
 
@@ -60,25 +62,30 @@ def size(count: float) -> str:
     return ""
 
 
-def headline(figures: Figures) -> str:
+def headline(figures: Figures, *, max_epsilon: float | None = None) -> str:
     accuracy = "-" if figures.accuracy is None else f"{figures.accuracy:.1%} (v{figures.accuracy_version})"
+    spent = [party.epsilon for party in figures.parties.values() if party.epsilon is not None]
+    epsilon = f"{min(spent, default=0):.2f} to {max(spent, default=0):.2f}"
     return (
         f"{figures.seconds:5.0f} s  version {figures.version}  accuracy {accuracy}  "
         f"merged {figures.merged}  refused {figures.refused}  max staleness {figures.max_staleness}  "
         f"up {size(figures.bytes_up)}  down {size(figures.bytes_down)}  online {len(figures.online)}/{len(figures.parties)}"
+        f"{'' if max_epsilon is None else f'  epsilon {epsilon} of {max_epsilon:g}'}"
     )
 
 
-def live(figures: Figures, *, goal_versions: int | None) -> RenderableType:
+def live(figures: Figures, *, goal_versions: int | None, max_epsilon: float | None = None) -> RenderableType:
     table = Table("party", "", box=None, pad_edge=False)
     for column in ("merged", "refused", "staleness, last", "mean", "up", "down"):
         table.add_column(column, justify="right")
+    if max_epsilon is not None:
+        table.add_column(f"epsilon spent of {max_epsilon:g}", min_width=_BUDGET_WIDTH)
     for name, party in figures.parties.items():
         mean = f"{party.staleness_sum / party.merged:.1f}" if party.merged else "-"
         online = Text("online", style="green") if name in figures.online else Text("away", style="dim")
         if party.note:
             online.append(f" ({party.note})", style="dim")
-        table.add_row(
+        cells: list[RenderableType] = [
             name,
             online,
             str(party.merged),
@@ -87,7 +94,10 @@ def live(figures: Figures, *, goal_versions: int | None) -> RenderableType:
             mean,
             size(party.bytes_up),
             size(party.bytes_down),
-        )
+        ]
+        if max_epsilon is not None:
+            cells.append(_budget(party.epsilon or 0.0, of=max_epsilon))
+        table.add_row(*cells)
     lines: list[RenderableType] = [Text(headline(figures), style="bold")]
     if goal_versions is not None:
         # A bar alone does not end its line.
@@ -95,6 +105,12 @@ def live(figures: Figures, *, goal_versions: int | None) -> RenderableType:
         bar.add_row(ProgressBar(total=goal_versions, completed=min(figures.version, goal_versions)))
         lines.append(bar)
     return Group(*lines, table)
+
+
+def _budget(spent: float, *, of: float) -> RenderableType:
+    row = Table.grid(padding=(0, 1))
+    row.add_row(ProgressBar(total=of, completed=min(spent, of), width=_BUDGET_WIDTH - 6), f"{spent:.2f}")
+    return row
 
 
 def show_summary(console: Console, summary: Summary) -> None:
@@ -118,6 +134,9 @@ def show_summary(console: Console, summary: Summary) -> None:
         "bytes down, all parties": _compared(summary.bytes_down, "whole models are", summary.bytes_down_dense_float32),
         "seconds": f"{summary.seconds:.0f}",
     }
+    if summary.epsilon_spent is not None:
+        spent = ", ".join(f"{party} {epsilon:.2f}" for party, epsilon in summary.epsilon_spent.items())
+        rows["epsilon spent, by each party's own record"] = f"{spent} (of {summary.max_epsilon:g}, delta {summary.delta:g})"
     for name, value in rows.items():
         table.add_row(name, value)
     console.print(table)
