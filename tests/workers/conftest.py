@@ -31,7 +31,7 @@ from schemas.frame import Plan, TrainingPlan
 from schemas.receipt import Receipt
 from schemas.update import ModelUpdate
 from workers.encoding import Budget
-from workers.outbox import open_outbox
+from workers.outbox import open_outbox, read_counters
 from workers.privacy import PrivacyBudget
 from workers.service import Identity, Link, Worker
 from workers.spending import spending_file
@@ -174,6 +174,15 @@ class Home:
 
     def connect(self, name):
         return self.broker.connect(name, user=self.party)
+
+    def counters(self):
+        return read_counters(self.folder, self.party)
+
+    async def counts(self, name, least=1):
+        """Waits until the worker has counted so many."""
+        async with asyncio.timeout(PATIENCE_S):
+            while self.counters().get(name, 0) < least:  # noqa: ASYNC110 - it happens in another thread
+                await asyncio.sleep(0.001)
 
     def outbox(self):
         return open_outbox(self.folder, party=self.party, federation=FEDERATION)
