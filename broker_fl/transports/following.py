@@ -327,7 +327,12 @@ def parse_frame(body: bytes, *, federation: str, manifest: Manifest) -> ModelFra
         raise DecodeError(f"frame {frame.number} is rounded by {frame.rounding!r}: {nearest(frame.rounding, KEYFRAME_CODECS)}")
     if frame.manifest is not None and frame.manifest.digest != manifest.digest:
         difference = mismatch(manifest, frame.manifest)
-        raise ManifestMismatchError(f"the federation trains another model than this task: {difference}; check --task and --model")
+        # Where there is a plan, it says whether BatchNorm is replaced.
+        noised = frame.plan is not None and frame.plan.privacy is not None
+        privacy = ', and that [privacy] mechanism = "dp-sgd" is set here, as in the federation' if noised else ""
+        raise ManifestMismatchError(
+            f"the federation trains another model than this task: {difference}; check --task and --model{privacy}"
+        )
     return frame
 
 
