@@ -384,7 +384,7 @@ class Worker:
             received, mechanism = await self._next_to_train()
             sequence = await self._in_outbox(self._outbox.next_sequence)
             # Whoever can draw a noised training's seed again can take its noise off.
-            seed = seed_of(self._identity.party, sequence) if mechanism is None else secrets.randbits(63)
+            seed = seed_of(self._identity.party, sequence) if mechanism is None else secrets.randbits(128)
             began = loop.time()
             training = partial(self._train, mechanism=mechanism, seed=seed, should_stop=self._stop_training.is_set)
             plan = received.plan.training.at(received.version)

@@ -1,6 +1,7 @@
 """What a party can show: what was promised, what was done, what it cost. Pure: the same record gives the same bytes."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -17,9 +18,9 @@ UNIT = "one example: with or without any one of them, what left the party is nea
 ASSUMED = (
     "Every training on these examples of which anything left is in this record; other federations' workers name the same file.",
     "A person is one example. Who is in k of them is protected k times less: k * epsilon, and a larger delta.",
-    "Each step's examples are drawn by Poisson sampling at the sample rate, by a secret seed of the operating system.",
+    "Each step's examples are drawn by Poisson sampling at the sample rate, by a secret key of the operating system.",
     "The model and the task's preparation treat each example by itself; BatchNorm is replaced, Opacus checks the rest.",
-    "Noise is PyTorch's Gaussian in floating point, by a generator that is not cryptographic (Mersenne Twister on a CPU).",
+    "Noise is Gaussian in floating point, by a Philox generator with a key of 128 bits; it is not proven to be cryptographic.",
     "The number of examples is public: the sample rate is made of it, and each update says it.",
 )
 
@@ -102,9 +103,10 @@ def _costs(trainings: Sequence[Training], delta: float) -> tuple[Cost, ...]:
 
 def _cost(history: History, delta: float, accountant: Accountant) -> Cost:
     try:
-        return Cost(accountant, epsilon_of(history, delta=delta, accountant=accountant))
+        epsilon = epsilon_of(history, delta=delta, accountant=accountant)
     except PrivacyError as exc:
         return Cost(accountant, None, str(exc))
+    return Cost(accountant, epsilon) if math.isfinite(epsilon) else Cost(accountant, None, "no bound: there was next to no noise")
 
 
 def _some(count: int) -> Sequence[int]:

@@ -40,6 +40,11 @@ def refuse_mixing(module: nn.Module) -> None:
         if isinstance(layer, nn.LSTM | nn.GRU | nn.RNN | nn.MultiheadAttention):
             ours = f"opacus.layers.DP{type(layer).__name__}"
             raise ConfigurationError(f"{_place(name, layer)} gives no gradients by example: take {ours} in its place")
+        if isinstance(layer, nn.Embedding) and (layer.max_norm is not None or layer.scale_grad_by_freq or layer.sparse):
+            raise ConfigurationError(
+                f"{_place(name, layer)} changes its weights or gradients by what the batch holds, which no noise covers: take it "
+                "without max_norm, scale_grad_by_freq and sparse"
+            )
         # Of this layer alone: its children have their own turn, and their own names.
         for error in [] if list(layer.children()) else ModuleValidator.validate(layer, strict=False):
             raise ConfigurationError(f"{_place(name, layer)} cannot be trained with differential privacy: {_first_line(error)}")

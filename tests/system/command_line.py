@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from fork_server import Forked, fork_server
+
 COMMAND = (sys.executable, "-P", "-m", "broker_fl")
 
 PATIENCE_S = 150.0
@@ -44,11 +46,20 @@ class Running:
         folder: Path,
         variables: Mapping[str, str] | None = None,
         wrapper: tuple[str, ...] = (),
+        afresh: bool = False,
     ) -> None:
+        """`afresh`: a Python of its own, as a user's; else forked from one that has imported everything, where that can be."""
         self.name = name
         self.arguments = arguments
         start = sum(1 for _ in logs.glob(f"{name}.*.err")) + 1
         self._out, self._err = (logs / f"{name}.{start}.{stream}" for stream in ("out", "err"))
+        server = None if afresh or wrapper else fork_server()
+        if server is not None:
+            files = {"out": self._out, "err": self._err}
+            self._process: subprocess.Popen[bytes] | Forked = server.start(
+                arguments, folder=folder, variables=variables or {}, **files
+            )
+            return
         with self._out.open("wb") as out, self._err.open("wb") as err:
             self._process = subprocess.Popen(
                 (*wrapper, *COMMAND, *arguments),
