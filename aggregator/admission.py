@@ -6,7 +6,7 @@ First `examine`, which needs nothing but the message and the federation's consta
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import blake3
 
@@ -50,6 +50,8 @@ class Sender:
 class Refused:
     reason: Reason
     detail: str
+    update: ModelUpdate | None = field(default=None, compare=False, repr=False)
+    """Where it could be read, and came from whom it says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +86,14 @@ def examine(body: bytes, sender: Sender, limits: Limits) -> Examined | Refused:
         update = wire.decode(ModelUpdate, body)
     except DecodeError as exc:
         return Refused("malformed", str(exc))
-    refused = _misaddressed(update, sender, limits) or _unprotected(update, limits)
-    if refused:
-        return refused
+    misaddressed = _misaddressed(update, sender, limits)
+    if misaddressed:
+        return misaddressed
+    found = _unprotected(update, limits) or _decoded(update, limits)
+    return replace(found, update=update) if isinstance(found, Refused) else found
+
+
+def _decoded(update: ModelUpdate, limits: Limits) -> Examined | Refused:
     try:
         delta = decode(update.payload, parse_codec(update.codec), manifest=limits.manifest)
     except (ConfigurationError, DecodeError) as exc:

@@ -343,9 +343,10 @@ class Coordinator:
                 return Verdict(), None
             size = content.place.size
             content = examine(whole, sender, self._rules.limits) if isinstance(whole, bytes) else whole
+        epsilon = None if self._privacy is None or content.update is None else self._privacy.add(content.update)
         if isinstance(content, Refused):
-            return self._refuse(sender, content, size)
-        epsilon = None if self._privacy is None else self._privacy.add(content.update)
+            verdict, entry = self._refuse(sender, content, size)
+            return replace(verdict, epsilon=epsilon), entry
         refused = admit(
             content,
             self._state,

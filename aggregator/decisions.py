@@ -101,7 +101,11 @@ def accepted_entry(seq: int, examined: Examined, outcome: Outcome, *, at: float,
 def refused_entry(
     seq: int, sender: Sender, refused: Refused, *, at: float, version: int, size: int, update: ModelUpdate | None
 ) -> Entry:
-    """Without the payload: it is in quarantine. `update` is None where the message could not be read."""
+    """Without the payload: it is in quarantine. `update` is None where it was not looked at for its own sake.
+
+    What it cost its party is written down wherever that could be read: it was sent.
+    """
+    sent = update or refused.update
     return Entry(
         seq=seq,
         kind="update",
@@ -111,7 +115,7 @@ def refused_entry(
         update_id=sender.update_id,
         sequence=update.sequence if update else None,
         base_version=update.base_version if update else None,
-        **(cost_of(update) if update else {}),
+        **(cost_of(sent) if sent else {}),
         codec=update.codec if update else None,
         size=size,
         outcome="refused",

@@ -4,6 +4,7 @@ One writer: whoever took the lead last. Whoever calls decides what belongs into 
 survives a crash, before it commits.
 """
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, replace
@@ -153,7 +154,7 @@ class Ledger:
         """From which the noise of each version follows. Raises DamagedError."""
         with self._reading():
             key = self._connection.execute(select(META.c.value).where(META.c.key == NOISE_KEY)).scalar_one_or_none()
-        if key is None:
+        if key is None or re.fullmatch(r"[0-9a-f]{64}", key) is None:
             raise DamagedError(f"{self.name} has lost its noise key; restore it from a backup")
         return bytes.fromhex(key)
 
@@ -230,12 +231,14 @@ class Ledger:
 
     def spent_by_party(self) -> dict[str, dict[tuple[float, float], int]]:
         """Steps by (noise multiplier, sample rate) of all updates that said so, merged or refused: they were all sent."""
-        kind = (ENTRIES.c.party, ENTRIES.c.noise_multiplier, ENTRIES.c.sample_rate)
-        query = select(*kind, func.sum(ENTRIES.c.num_steps)).where(ENTRIES.c.noise_multiplier.is_not(None)).group_by(*kind)
+        # Counted here and not there: nobody's claims are to overflow the database's integers.
+        kind = (ENTRIES.c.party, ENTRIES.c.noise_multiplier, ENTRIES.c.sample_rate, ENTRIES.c.num_steps)
+        query = select(*kind, func.count()).where(ENTRIES.c.noise_multiplier.is_not(None)).group_by(*kind)
         spent: dict[str, dict[tuple[float, float], int]] = {}
         with self._reading():
-            for party, noise, rate, steps in self._connection.execute(query):
-                spent.setdefault(party, {})[noise, rate] = int(steps)
+            for party, noise, rate, steps, updates in self._connection.execute(query):
+                history = spent.setdefault(party, {})
+                history[noise, rate] = history.get((noise, rate), 0) + steps * updates
         return spent
 
     def entries_of(self, kind: str) -> list[Entry]:

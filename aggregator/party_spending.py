@@ -3,6 +3,7 @@
 A party's own record is the one that counts: this one finds a worker that forgets its own.
 """
 
+import math
 from collections.abc import Mapping
 
 from aggregator.admission import Refused
@@ -19,13 +20,15 @@ class PartySpending:
         self._spent = dict(spent)
 
     def add(self, update: ModelUpdate) -> float | None:
-        """The epsilon of the party with this update, by RDP; None for an update without noise."""
+        """The epsilon of the party with this update, by RDP; None for an update without noise, or with next to none: an event
+        holds no infinity."""
         facts = update.privacy
         if facts is None:
             return None
         cost = Steps(facts.noise_multiplier, facts.sample_rate, update.num_steps)
         history = self._spent[update.party] = total(self._spent.get(update.party, {}), cost)
-        return epsilon_of(history, delta=self._demands.plan.delta, accountant="rdp")
+        epsilon = epsilon_of(history, delta=self._demands.plan.delta, accountant="rdp")
+        return epsilon if math.isfinite(epsilon) else None
 
     def overspent(self, party: str) -> Refused | None:
         text = self._demands.overspent(self._spent.get(party, {}))

@@ -6,7 +6,7 @@ loss and the number of examples.
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from broker_fl.errors import ConfigurationError, DataError
 from broker_fl.parameters import Vector
 from broker_fl.privacy.policy import Mechanism
-from broker_fl.tasks.device import laid_out, place
+from broker_fl.tasks.device import place
 from broker_fl.tasks.module import load_vector, vector_of
 from broker_fl.tasks.per_example import refuse_mixing
 from broker_fl.tasks.seeding import seeded
@@ -40,7 +40,6 @@ def train_privately(
     plan: TrainingPlan,
     mechanism: Mechanism,
     device: torch.device,
-    channels_last: bool = False,
     chunk: int | None = None,
     seed: int,
     should_stop: Callable[[], bool],
@@ -57,7 +56,9 @@ def train_privately(
     """
     if not len(examples):
         raise DataError("there are no examples to train on")
-    place(module, device, channels_last=channels_last)
+    place(module, device, channels_last=False)
+    # Opacus' gradients of convolutions are others, and wrong, where the channels come last in memory.
+    module.to(memory_format=torch.contiguous_format)
     load_vector(module, base, manifest)
     module.train()
     refuse_mixing(module)
@@ -65,7 +66,7 @@ def train_privately(
     # Of augmentation and dropout: no privacy rests on them.
     torch_seed = int(generator.integers(2**62))
     torchs = torch.Generator().manual_seed(torch_seed)
-    buffers = {name: buffer.clone() for name, buffer in module.named_buffers() if buffer.is_floating_point()}
+    untrained = {name: tensor.detach().clone() for name, tensor in _untrained(module)}
     expected = mechanism.sample_rate * len(examples)
     with (
         ClippedSum(module, optimizer_of(plan, module), mechanism, expected_examples=expected) as clipped,
@@ -74,7 +75,7 @@ def train_privately(
     ):
         # The examples need no gradients, and Opacus' hooks on the first layer get what they need.
         warnings.filterwarnings("ignore", message="Full backward hook is firing")
-        _probe(clipped, task, examples, device=device, channels_last=channels_last)
+        _probe(clipped, task, examples, device=device)
         pull = proximal_pull(module, mu=plan.proximal)
         total_loss, seen = torch.zeros((), device=device), 0
         for _ in range(mechanism.steps):
@@ -83,20 +84,20 @@ def train_privately(
             drawn = np.flatnonzero(generator.random(len(examples)) < mechanism.sample_rate)
             for batch in _chunks(torch.from_numpy(drawn), chunk or _DEFAULT_CHUNK):
                 chosen = examples.take(batch.to(examples.inputs.device))
-                inputs = laid_out(task.prepare(chosen.inputs.to(device), torchs), channels_last=channels_last)
+                inputs = task.prepare(chosen.inputs.to(device), torchs).contiguous()
                 total_loss += clipped.add(task, inputs, chosen.targets.to(device))
                 seen += len(chosen)
             clipped.add_noise(generator)
             pull()
             clipped.step()
-    _refuse_changed(module, buffers)
+    _refuse_changed(module, untrained)
     with np.errstate(invalid="ignore", over="ignore"):
         delta = vector_of(module) - base
     loss = float(total_loss.item()) / seen if seen else 0.0
     return TrainResult(delta=delta, num_samples=len(examples), num_steps=mechanism.steps, mean_loss=loss)
 
 
-def _probe(clipped: ClippedSum, task: Task, examples: Examples, *, device: torch.device, channels_last: bool) -> None:
+def _probe(clipped: ClippedSum, task: Task, examples: Examples, *, device: torch.device) -> None:
     """Before anything is learnt. A party's only example is taken twice, and values out of the way are left out: what this finds
     should be of the model, and not of an example."""
     chosen = examples.take(torch.tensor([0, len(examples) - 1], device=examples.inputs.device))
@@ -107,7 +108,7 @@ def _probe(clipped: ClippedSum, task: Task, examples: Examples, *, device: torch
             "the task prepares an example otherwise when others are there: differential privacy needs each for itself"
         )
     usual = together.clamp(-_USUAL, _USUAL)
-    clipped.expect_own_gradients(task, laid_out(usual, channels_last=channels_last), chosen.targets.to(device))
+    clipped.expect_own_gradients(task, usual.contiguous(), chosen.targets.to(device))
 
 
 def _chunks(drawn: Tensor, size: int) -> Sequence[Tensor]:
@@ -115,10 +116,16 @@ def _chunks(drawn: Tensor, size: int) -> Sequence[Tensor]:
     return torch.split(drawn, size) if len(drawn) else ()
 
 
+def _untrained(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What the delta holds and no noise covers."""
+    yield from ((name, one) for name, one in module.named_parameters() if not one.requires_grad)
+    yield from ((name, one) for name, one in module.named_buffers() if one.is_floating_point())
+
+
 def _refuse_changed(module: nn.Module, before: dict[str, Tensor]) -> None:
-    for name, buffer in module.named_buffers():
-        if name in before and not torch.equal(buffer, before[name]):
+    for name, tensor in _untrained(module):
+        if name not in before or not torch.equal(tensor.nan_to_num(), before[name].nan_to_num()):
             raise ConfigurationError(
-                f"training changed the buffer {name!r}, which no noise covers: under differential privacy a model may learn "
-                "by its parameters only"
+                f"training changed {name!r}, which no noise covers: under differential privacy a model may learn by its trained "
+                "parameters only"
             )

@@ -79,8 +79,9 @@ def encode_update(
     return Encoded(payload, codec, left_over(target, sent), masked(moved, sent))
 
 
-def fields_bytes(*, federation: str, party: str) -> int:
+def fields_bytes(*, federation: str, party: str, is_noised: bool) -> int:
     """The most that an update takes beside its payload."""
+    privacy = PrivacyFacts(noise_multiplier=0.5, sample_rate=0.5, max_grad_norm=0.5) if is_noised else None
     largest = ModelUpdate(
         federation=federation,
         party=party,
@@ -93,7 +94,7 @@ def fields_bytes(*, federation: str, party: str) -> int:
         num_samples=10**12,
         num_steps=2**53 - 1,
         train_loss=0.5,
-        privacy=PrivacyFacts(noise_multiplier=0.5, sample_rate=0.5, max_grad_norm=0.5),
+        privacy=privacy,
         payload=b"",
     )
     return len(wire.encode(largest)) + _BINARY_HEADER

@@ -132,7 +132,6 @@ class Worker:
         self._names = Names(identity.federation)
         self._link = link
         self._budget = budget
-        self._fields_bytes = fields_bytes(federation=identity.federation, party=identity.party)
         self._throttle = throttle
         self._clock = clock
         self._follower = Follower(
@@ -474,7 +473,9 @@ class Worker:
             manifest=manifest,
             budget=self._budget,
             uplink_bytes_per_s=self._uplink(),
-            fields_bytes=self._fields_bytes,
+            fields_bytes=fields_bytes(
+                federation=self._identity.federation, party=self._identity.party, is_noised=mechanism is not None
+            ),
             generator=np.random.default_rng(int(update_id, 16)),
         )
         update = ModelUpdate(

@@ -16,6 +16,7 @@ import numpy as np
 from aggregator.merging.fold import Buffer, Contribution, Outcome, State
 from aggregator.merging.noise import Noise, noise_of
 from aggregator.merging.staleness import STALENESS
+from broker_fl.codecs.delta import Delta
 from broker_fl.config import MergingSettings
 from broker_fl.parameters import Vector
 
@@ -54,7 +55,7 @@ class Buffered:
         if contribution.is_void:
             buffer = replace(buffer, parties=parties)
         else:
-            factor = _clipping(contribution.delta.norm(), self.settings.clip_norm)
+            factor = _clipping(contribution.delta, self.settings.clip_norm)
             contribution.delta.add_to(buffer.total, weight * factor)
             buffer = Buffer(buffer.total, buffer.weight + (weight if self.by_samples else 1.0), parties)
         state = replace(state, buffer=buffer)
@@ -68,7 +69,7 @@ class Buffered:
             return state
         version = state.version + 1
         if self.noise is not None:
-            total = buffer.total + self.noise.for_version(version, size=buffer.total.size)
+            total = buffer.total + self.noise.for_version(version, covers=buffer.total)
             weight = float(self.settings.buffer_size)
         else:
             total, weight = buffer.total, buffer.weight
@@ -77,8 +78,11 @@ class Buffered:
         return replace(state, version=version, buffer=None)
 
 
-def _clipping(norm: float, most: float | None) -> float:
-    return 1.0 if most is None or norm <= most else most / norm
+def _clipping(delta: Delta, most: float | None) -> float:
+    if most is None:
+        return 1.0
+    norm = delta.norm()
+    return 1.0 if norm <= most else most / norm
 
 
 def fedbuff(settings: MergingSettings, noise_key: bytes = b"") -> Buffered:

@@ -2,7 +2,7 @@
 
 import hashlib
 import hmac
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -14,23 +14,25 @@ KEY_BYTES = 32
 
 @dataclass(frozen=True, slots=True)
 class Noise:
-    """Gaussian, with a seed for each version from the ledger's key, which never leaves the ledger: HMAC-SHA256(key, version).
+    """Gaussian, from a key of the ledger that never leaves it: the seed is HMAC-SHA256(key, version || SHA-256(sum)).
 
-    Versions are never made twice, not even after a rollback, so that no noise is used for two buffers.
+    The sum that it covers is part of the seed: a version that is made twice, of other updates, as after a ledger was restored
+    from a backup, gets other noise, and two models with the same noise, whose difference would show what it covers, never are.
     """
 
-    key: bytes
+    key: bytes = field(repr=False)
     std: float
 
-    def for_version(self, version: int, *, size: int) -> Vector:
-        """Shape (size,), float32. Raises ValueError without a key."""
+    def for_version(self, version: int, *, covers: Vector) -> Vector:
+        """Shape and dtype of `covers`, the sum without noise. Raises ValueError without a key."""
         if len(self.key) != KEY_BYTES:
-            raise ValueError(f"a key has {KEY_BYTES} bytes, not {len(self.key)}")
-        seed = hmac.digest(self.key, str(version).encode(), hashlib.sha256)
-        # Not numpy's newer generators: what this one draws is the same in all of numpy's versions (NEP 19).
-        draws = np.random.RandomState(np.frombuffer(seed, dtype="<u4").astype(np.uint32))
-        drawn: Vector = (draws.standard_normal(size) * self.std).astype(np.float32)
-        return drawn
+            raise ValueError(f"a key has {KEY_BYTES} bytes")
+        summed = hashlib.sha256(covers.astype("<f4", copy=False).tobytes()).digest()
+        seed = hmac.digest(self.key, str(version).encode() + b"/" + summed, hashlib.sha256)
+        # Where the sum is known, as where nobody moves a parameter, noise shows as it is: of Philox (Salmon et al. 2011), unlike
+        # of a Mersenne Twister, that tells nothing of the rest.
+        draws = np.random.Generator(np.random.Philox(key=int.from_bytes(seed[:16], "little")))
+        return draws.standard_normal(covers.size, dtype=np.float32) * np.float32(self.std)
 
 
 def noise_of(settings: MergingSettings, key: bytes) -> Noise | None:

@@ -213,7 +213,6 @@ def built_worker(settings: Settings, connect: Connect) -> Iterator[Worker]:
                 plan=plan,
                 mechanism=mechanism,
                 device=device,
-                channels_last=settings.worker.channels_last,
                 chunk=settings.worker.examples_at_once,
                 seed=seed,
                 should_stop=should_stop,
@@ -284,7 +283,8 @@ def _refuse_rounded_norms(settings: Settings) -> None:
 def _budget(settings: Settings, identity: Identity) -> Budget:
     """Raises ConfigurationError for one that no update stays within, as far as this party's settings know the codec."""
     budget = Budget(bytes=settings.worker.budget, seconds=settings.worker.budget_seconds)
-    facts = fields_bytes(federation=identity.federation, party=identity.party)
+    is_noised = settings.privacy.is_asked_for
+    facts = fields_bytes(federation=identity.federation, party=identity.party, is_noised=is_noised)
     check_budget(budget, codec=settings.update_codec, manifest=identity.manifest, fields_bytes=facts)
     return budget
 

@@ -31,6 +31,12 @@ __all__ = ["Accountant", "History", "Steps", "composed", "epsilon_of", "noise_mu
 _NOISE_TOLERANCE = 1e-4
 """Relative, of a noise that is searched for: it is rounded up by that much."""
 _MOST_NOISE = 1e5
+_LEAST_NOISE = 1e-6
+"""Below it, Opacus' sums overflow, and may never end: it hides nothing."""
+_LEAST_RATE = 1e-12
+"""Rarer samples are counted as such: a higher rate costs no less."""
+_MOST_PRV_POINTS = 2**23
+"""Of the grid, over all kinds of steps: some 2 GB and 10 seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +68,10 @@ def total(history: History, further: Steps | None) -> History:
 
 
 def epsilon_of(history: History, *, delta: float, accountant: Accountant) -> float:
-    """The epsilon that the history spent at this delta; 0 for none.
+    """The epsilon that the history spent at this delta; 0 for none, and by `rdp` infinity for next to no noise.
 
     Raises PrivacyError where the accountant has no answer: `gdp` for a history of different parameters, `prv` where its numbers
-    overflow, which happens for noise multipliers far below 1.
+    overflow or would fill the memory, which happens for noise multipliers far below 1 and for very many steps.
     """
     if not history:
         return 0.0
@@ -73,6 +79,8 @@ def epsilon_of(history: History, *, delta: float, accountant: Accountant) -> flo
         return _epsilon_by_rdp(history, delta)
     if accountant == "gdp" and len(history) > 1:
         raise PrivacyError(f"accountant gdp takes trainings of one kind only, and here are {len(history)}: take rdp or prv")
+    if accountant == "prv" and _prv_points(history, delta) > _MOST_PRV_POINTS:
+        raise PrivacyError("accountant prv would need too much memory for this history: take rdp")
     return _epsilon_by_opacus(history, delta, accountant)
 
 
@@ -86,7 +94,7 @@ def _epsilon_by_rdp(history: History, delta: float) -> float:
         # That the best order is the smallest or the largest: the bound is then not the tightest, and a bound all the same.
         warnings.simplefilter("ignore")
         epsilon, _ = get_privacy_spent(orders=orders, rdp=spent, delta=delta)
-    return float(epsilon)
+    return max(0.0, float(epsilon))
 
 
 def _orders() -> list[float]:
@@ -99,7 +107,27 @@ def _orders() -> list[float]:
 def _rdp_of_a_step(noise_multiplier: float, sample_rate: float) -> NDArray[np.float64]:
     from opacus.accountants.analysis.rdp import compute_rdp
 
-    return np.asarray(compute_rdp(q=sample_rate, noise_multiplier=noise_multiplier, steps=1, orders=_orders()), dtype=np.float64)
+    if noise_multiplier < _LEAST_NOISE:
+        return np.full(len(_orders()), np.inf)
+    rate = max(sample_rate, _LEAST_RATE)
+    cost = np.asarray(compute_rdp(q=rate, noise_multiplier=noise_multiplier, steps=1, orders=_orders()), dtype=np.float64)
+    # Rounding can leave it below 0, and steps multiply that.
+    return np.maximum(cost, 0.0)
+
+
+def _is_free_by_gdp(history: History, delta: float) -> bool:
+    """Whether it is (0, delta)-private already, where Opacus finds no root."""
+    from opacus.accountants.analysis.gdp import compute_mu_poisson, delta_eps_mu
+
+    ((noise, rate), steps) = next(iter(history.items()))
+    mu = compute_mu_poisson(steps=steps, noise_multiplier=noise, sample_rate=rate)
+    return bool(mu == 0 or delta_eps_mu(eps=0.0, mu=mu) <= delta)
+
+
+def _prv_points(history: History, delta: float) -> float:
+    """Of the grid that Opacus would choose, with each kind's own: PRVAccountant._get_domain."""
+    reach = 3 + _epsilon_by_rdp(history, delta / 4000)
+    return len(history) * 2 * reach / 0.01 * math.sqrt(sum(history.values()) * math.log(12_000 / delta) / 2)
 
 
 def _epsilon_by_opacus(history: History, delta: float, accountant: Accountant) -> float:
@@ -109,12 +137,13 @@ def _epsilon_by_opacus(history: History, delta: float, accountant: Accountant) -
         # Opacus takes logarithms of 0 on its way, and says of gdp what we say in the docstring above.
         with warnings.catch_warnings(), np.errstate(all="ignore"):
             warnings.simplefilter("ignore")
-            epsilon = float(opacus.get_epsilon(delta=delta))
+            is_free = accountant == "gdp" and _is_free_by_gdp(history, delta)
+            epsilon = 0.0 if is_free else float(opacus.get_epsilon(delta=delta))
     except (ValueError, ArithmeticError, RuntimeError, MemoryError) as exc:
         raise PrivacyError(f"accountant {accountant} has no answer for this history ({exc}): take rdp") from exc
     if not math.isfinite(epsilon):
         raise PrivacyError(f"accountant {accountant} has no answer for this history (it says {epsilon}): take rdp")
-    return epsilon
+    return max(0.0, epsilon)
 
 
 def _opacus(accountant: Accountant) -> "IAccountant":
@@ -137,13 +166,20 @@ def noise_multiplier_for(
     """
 
     def cost(noise: float) -> float:
-        return epsilon_of({(noise, sample_rate): steps}, delta=delta, accountant=accountant)
+        try:
+            return epsilon_of({(noise, sample_rate): steps}, delta=delta, accountant=accountant)
+        except PrivacyError:
+            # There is far too little noise for this accountant.
+            return math.inf
 
     enough = 1.0
     while cost(enough) > target_epsilon:
         enough *= 2
         if enough > _MOST_NOISE:
-            raise PrivacyError(f"no noise makes {steps} steps cost epsilon {target_epsilon:g} at delta {delta:g}: fewer steps")
+            raise PrivacyError(
+                f"no noise makes {steps} steps cost epsilon {target_epsilon:g} at delta {delta:g} (accountant {accountant}): "
+                "take fewer steps, or a higher target"
+            )
     too_little = enough / 2
     while too_little > 1 / 64 and cost(too_little) <= target_epsilon:
         enough, too_little = too_little, too_little / 2

@@ -55,7 +55,7 @@ def as_html(report: Report) -> str:
         f"<h2>Each training ({len(report.trainings)})</h2>",
         _trainings(report),
         f'<p class="muted">Made from the privacy record <code>{escape(report.record)}</code> alone: made again, it is the same.',
-        "</body></html>",
+        "</p></body></html>",
     ]
     return "\n".join(parts) + "\n"
 
@@ -113,7 +113,7 @@ def _trainings(report: Report) -> str:
 
 
 def _training(number: int, one: Training, epsilon: float | None) -> str:
-    update = "diverged, not sent" if one.update_id is None else one.update_id[:8]
+    update = "diverged, not sent" if one.update_id is None else escape(one.update_id[:8])
     facts = (f"{one.noise_multiplier:.4g}", f"{one.sample_rate:.4g}", one.steps, f"{one.max_grad_norm:g}", one.num_examples)
     cells = "".join(f'<td class="n">{escape(str(fact))}</td>' for fact in (*facts, _number(epsilon)))
     return (
@@ -128,8 +128,10 @@ def _plot(report: Report) -> str:
     if not points:
         return "<p>Nothing to draw.</p>"
     limit = _limit(report)
-    first, last = points[0].at, max(points[-1].at, points[0].at + 1.0)
-    top = 1.05 * max([point.epsilon for point in (*points, *report.prv)] + ([limit] if limit else []))
+    times = [point.at for point in points]
+    # A clock that was set back: the record keeps the order, and the plot its frame.
+    first, last = min(times), max(*times, min(times) + 1.0)
+    top = 1.05 * max([point.epsilon for point in (*points, *report.prv)] + ([limit] if limit else [])) or 1.0
 
     def place(at: float, epsilon: float) -> tuple[float, float]:
         across = _LEFT + (at - first) / (last - first) * (_WIDTH - _LEFT - _RIGHT)

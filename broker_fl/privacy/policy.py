@@ -1,9 +1,14 @@
 """From what a federation asks for and what a party allows to the noise of one training. Pure."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 
+from broker_fl.errors import PrivacyError
 from broker_fl.privacy.accounting import Accountant, History, Steps, epsilon_of, noise_multiplier_for, total
 from schemas.privacy import Clipping, PrivacyFacts, PrivacyPlan
+
+_WORTH_ASKING = 2.0
+"""No bound is lower than that of rdp by as much."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,10 +126,13 @@ class Demands:
     def overspent(self, history: History) -> str | None:
         """`history` is the party's, with the update in question; None while it is within what a party may spend."""
         most = self.plan.max_epsilon
-        if most is None or epsilon_of(history, delta=self.plan.delta, accountant="rdp") <= most:
+        if most is None:
             return None
-        # The other bounds are lower, and dearer.
-        epsilon = epsilon_of(history, delta=self.plan.delta, accountant=self.plan.accountant)
+        epsilon = epsilon_of(history, delta=self.plan.delta, accountant="rdp")
+        if most < epsilon < _WORTH_ASKING * most:
+            # The other bounds are lower, and dearer, and may have no answer to what a party says.
+            with suppress(PrivacyError):
+                epsilon = epsilon_of(history, delta=self.plan.delta, accountant=self.plan.accountant)
         if epsilon <= most:
             return None
         return (

@@ -124,6 +124,7 @@ class Bench:
         **limits,
     ):
         merging = merging or MergingSettings()
+        demands = limits.get("privacy")
         plan = BroadcastPlan(
             federation=self.names.federation,
             ledger_id=ledger_id,
@@ -140,6 +141,7 @@ class Bench:
             repeat=build_strategy(merging).may_repeat,
             every_versions=every_versions,
             every_s=every_s,
+            privacy=None if demands is None else demands.plan,
         )
         return Rules(
             limits=self.limits(**limits),

@@ -1,3 +1,4 @@
+import math
 import struct
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,9 +17,11 @@ from broker_fl.codecs.indices import encode_indices
 from broker_fl.config import MergingSettings
 from broker_fl.errors import DecodeError
 from broker_fl.parameters import manifest_of
+from broker_fl.privacy.policy import Demands
 from broker_fl.topology import Names
 from broker_fl.transports.parts import part_of
 from schemas import wire
+from schemas.privacy import PrivacyFacts, PrivacyPlan
 from schemas.receipt import Reason
 from schemas.update import ModelUpdate
 
@@ -27,6 +30,10 @@ MANIFEST = manifest_of({"weight": np.zeros((40, 50), np.float32), "bias": np.zer
 LIMITS = Limits(NAMES, MANIFEST, max_update_bytes=4 * MANIFEST.size + 4096, max_update_norm=None)
 UPDATE_ID = "0123456789abcdef" * 2
 SENDER = Sender("a", UPDATE_ID)
+LEAST_NOISE = 1.1
+DEMANDS = Demands(
+    PrivacyPlan(noise_multiplier=LEAST_NOISE, max_grad_norm=1.0, delta=1e-5, accountant="rdp"), min_noise_multiplier=LEAST_NOISE
+)
 DIGESTS = {version: f"{version:064x}" for version in range(100)}
 
 
@@ -52,6 +59,11 @@ def _update(**changed: object) -> ModelUpdate:
         "payload": _payload(),
     }
     return ModelUpdate.model_validate(fields | changed)
+
+
+def _noised(noise_multiplier: float) -> ModelUpdate:
+    facts = PrivacyFacts(noise_multiplier=noise_multiplier, sample_rate=0.1, max_grad_norm=1.0)
+    return _update(train_loss=None, privacy=facts)
 
 
 def _examined(**changed: object) -> Examined | Refused:
@@ -195,6 +207,31 @@ class TestExamination:
         assert isinstance(examine(body, SENDER, replace(LIMITS, max_update_norm=norm)), Examined)
         assert _reason(examine(body, SENDER, replace(LIMITS, max_update_norm=norm * 0.999))) == "bounds"
 
+    def test_an_update_without_the_noise_that_is_asked_for_is_refused_and_told_what_is_missing(self):
+        found = examine(wire.encode(_update()), SENDER, replace(LIMITS, privacy=DEMANDS))
+        assert _reason(found) == "privacy"
+        assert found.detail == "was trained without differential privacy, and this federation asks for dp-sgd"
+
+    def test_a_noise_below_the_least_is_refused_and_the_least_itself_is_taken(self):
+        limits = replace(LIMITS, privacy=DEMANDS)
+        for noise in (LEAST_NOISE, math.nextafter(LEAST_NOISE, 2), 50.0):
+            assert isinstance(examine(wire.encode(_noised(noise)), SENDER, limits), Examined)
+        found = examine(wire.encode(_noised(math.nextafter(LEAST_NOISE, 0))), SENDER, limits)
+        assert _reason(found) == "privacy"
+        found = examine(wire.encode(_noised(0.5)), SENDER, limits)
+        assert found == Refused("privacy", "its noise multiplier 0.5 is below this federation's 1.1")
+
+    def test_any_noise_is_taken_where_no_least_one_is_asked_for_but_some_is(self):
+        limits = replace(LIMITS, privacy=replace(DEMANDS, min_noise_multiplier=None))
+        assert isinstance(examine(wire.encode(_noised(0.5)), SENDER, limits), Examined)
+        assert _reason(examine(wire.encode(_update()), SENDER, limits)) == "privacy"
+
+    def test_updates_with_and_without_noise_are_taken_where_none_is_asked_for(self):
+        for update in (_update(), _noised(0.5), _update(train_loss=None)):
+            examined = examine(wire.encode(update), SENDER, LIMITS)
+            assert isinstance(examined, Examined)
+            assert examined.update == update
+
     @settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.too_slow])
     @given(seed=st.integers(0, 2**32 - 1), flips=st.integers(1, 5))
     def test_flipped_bits_are_taken_or_refused(self, seed, flips):
@@ -255,6 +292,23 @@ class TestAdmission:
         others = replace(waiting, buffer=Buffer(model.copy(), 100.0, ("b",)))
         assert _admitted(7, merging=MergingSettings(strategy="fedavg"), state=others) is None
 
+    @pytest.mark.parametrize("strategy", ["fedbuff", "fedavg"])
+    def test_a_second_update_of_a_party_in_a_buffer_that_gets_noise_is_repeated(self, strategy):
+        model = np.zeros(MANIFEST.size, np.float32)
+        waiting = State(7, model, buffer=Buffer(model.copy(), 2.0, ("b", "a")))
+        noisy = MergingSettings(strategy=strategy, clip_norm=1.0, noise_multiplier=1.0)
+        found = _admitted(7, merging=noisy, state=waiting)
+        assert _reason(found) == "repeated"
+        assert found.detail == "there is an update of 'a' in the buffer already"
+        others = replace(waiting, buffer=Buffer(model.copy(), 1.0, ("b",)))
+        assert _admitted(7, merging=noisy, state=others) is None
+        assert _admitted(7, merging=noisy, state=State(7, model)) is None
+
+    def test_a_second_update_of_a_party_in_a_buffer_that_is_only_clipped_is_taken(self):
+        model = np.zeros(MANIFEST.size, np.float32)
+        waiting = State(7, model, buffer=Buffer(model.copy(), 2.0, ("b", "a")))
+        assert _admitted(7, merging=MergingSettings(strategy="fedbuff", clip_norm=1.0), state=waiting) is None
+
     def test_the_bound_of_fedavg_is_the_current_version(self):
         assert _admitted(7, merging=MergingSettings(strategy="fedavg")) is None
         assert _reason(_admitted(8, merging=MergingSettings(strategy="fedavg"))) == "too_stale"
@@ -281,5 +335,6 @@ def test_parts_that_cannot_be_are_the_one_reason_that_is_found_before_examinatio
         "rolled_back",
         "too_stale",
         "repeated",
+        "privacy",
     }
     assert set(get_args(Reason)) == found_here | {"parts"}

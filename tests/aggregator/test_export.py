@@ -14,6 +14,7 @@ from aggregator.export import lines
 from aggregator.history import roll_back
 from broker_fl.config import MergingSettings
 from broker_fl.errors import DamagedError
+from schemas.privacy import PrivacyFacts
 
 
 def audit(text):
@@ -35,13 +36,15 @@ def _export(bench):
 
 @pytest.fixture(scope="module")
 def life(new_bench):
-    """Merged, buffered, refused, flushed, gone back, other settings."""
+    """Merged, buffered, refused, flushed, gone back, other settings; one of the updates is noised."""
     bench = new_bench()
     with bench.opened(snapshot_every_versions=2) as coordinator:
         base = bench.frames()[0]
         for seed in range(4):
             coordinator.decide([bench.arrival(bench.update(base=base, seed=seed))])
         coordinator.decide([bench.arrival(bench.update(base=base, base_digest="0" * 64))])
+        noised = PrivacyFacts(noise_multiplier=1.1, sample_rate=0.0625, max_grad_norm=0.5)
+        coordinator.decide([bench.arrival(bench.update(base=base, num_steps=40, train_loss=None, privacy=noised))])
         bench.publish(coordinator)
     with bench.ledger() as ledger:
         roll_back(ledger, bench.snapshots(), to=1, holder="an operator", at=7.0)
@@ -65,7 +68,7 @@ def test_auditor_confirms_an_honest_export(life, exported):
     first, *entries = map(json.loads, exported.splitlines())
     assert first == {
         "federation": "ward",
-        "format": "3",
+        "format": "4",
         "kind": "ledger",
         "ledger": facts["ledger_id"],
         "manifest": facts["manifest"],
@@ -73,6 +76,13 @@ def test_auditor_confirms_an_honest_export(life, exported):
     assert [entry["seq"] for entry in entries] == list(range(1, newest.seq + 1))
     assert {entry["kind"] for entry in entries} == {"update", "flush", "merging", "rollback"}
     assert {entry.get("outcome") for entry in entries} == {None, "merged", "buffered", "refused"}
+
+
+def test_export_says_what_an_update_cost_its_partys_privacy(exported):
+    entries = [json.loads(line) for line in exported.splitlines()[1:]]
+    (noised,) = [entry for entry in entries if "noise_multiplier" in entry]
+    assert (noised["num_steps"], noised["noise_multiplier"], noised["sample_rate"]) == (40, 1.1, 0.0625)
+    assert "train_loss" not in noised
 
 
 def test_payload_digests_of_the_export_are_those_of_the_updates(life, exported):

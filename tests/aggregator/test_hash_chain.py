@@ -10,7 +10,7 @@ from aggregator.chain import canonical, genesis, header, line, link
 from aggregator.records import Entry
 from aggregator.recovery import checked_entries
 
-HEADER = '{"federation":"ward","format":"3","kind":"ledger","ledger":"0a1b","manifest":"c0ffee"}'
+HEADER = '{"federation":"ward","format":"4","kind":"ledger","ledger":"0a1b","manifest":"c0ffee"}'
 
 MERGED = Entry(
     seq=2,
@@ -22,6 +22,9 @@ MERGED = Entry(
     sequence=7,
     base_version=0,
     num_samples=10,
+    num_steps=4,
+    noise_multiplier=1.5,
+    sample_rate=0.125,
     train_loss=0.25,
     codec="float32",
     size=8200,
@@ -34,8 +37,9 @@ MERGED = Entry(
     payload=b"not bound either",
 )
 MERGED_LINE = (
-    '{"at":1000000.5,"base_version":0,"codec":"float32","kind":"update","model_digest":"bb","num_samples":10,"outcome":"merged",'
-    '"party":"ann","payload_digest":"aa","seq":2,"sequence":7,"size":8200,"staleness":0,"train_loss":0.25,'
+    '{"at":1000000.5,"base_version":0,"codec":"float32","kind":"update","model_digest":"bb","noise_multiplier":1.5,'
+    '"num_samples":10,"num_steps":4,"outcome":"merged","party":"ann","payload_digest":"aa","sample_rate":0.125,"seq":2,'
+    '"sequence":7,"size":8200,"staleness":0,"train_loss":0.25,'
     '"update_id":"0123456789abcdef0123456789abcdef","version":1,"weight":0.3}'
 )
 REFUSED = replace(MERGED, outcome="refused", reason="bounds", detail="too large")
@@ -104,6 +108,9 @@ _ENTRIES = st.builds(
     party=st.none() | _TEXTS,
     sequence=st.none() | _COUNTS,
     base_version=st.none() | _COUNTS,
+    num_steps=st.none() | _COUNTS,
+    noise_multiplier=st.none() | _NUMBERS,
+    sample_rate=st.none() | _NUMBERS,
     train_loss=st.none() | _NUMBERS,
     outcome=st.none() | _TEXTS,
     detail=st.none() | _TEXTS,

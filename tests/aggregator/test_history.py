@@ -1,4 +1,5 @@
 from contextlib import ExitStack, contextmanager
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 from aggregator.compaction import compact
 from aggregator.decisions import Goal
 from aggregator.history import model_of, roll_back, versions, without
+from aggregator.merging.noise import noise_of
 from aggregator.recovery import recover
 from aggregator.verification import verify
 from broker_fl.config import MergingSettings
@@ -18,9 +20,18 @@ DELTA = MergingSettings(max_staleness=100)
 MIXING = MergingSettings(mode="mixing", mixing_rate=0.5, max_staleness=100)
 FEDBUFF = MergingSettings(strategy="fedbuff", buffer_size=3, max_staleness=100)
 FEDAVG = MergingSettings(strategy="fedavg", buffer_size=3)
+NOISY_FEDBUFF = MergingSettings(strategy="fedbuff", buffer_size=3, max_staleness=100, clip_norm=1.0, noise_multiplier=0.5)
+NOISY_FEDAVG = MergingSettings(strategy="fedavg", buffer_size=3, clip_norm=1.0, noise_multiplier=0.5)
 SWIFT = set(Phase) - {Phase.shrink}
 """Shrinking a life takes minutes."""
-MERGING = {"delta": DELTA, "mixing": MIXING, "fedbuff": FEDBUFF, "fedavg": FEDAVG}
+MERGING = {
+    "delta": DELTA,
+    "mixing": MIXING,
+    "fedbuff": FEDBUFF,
+    "fedavg": FEDAVG,
+    "fedbuff with noise": NOISY_FEDBUFF,
+    "fedavg with noise": NOISY_FEDAVG,
+}
 
 
 def _back(bench, to):
@@ -518,6 +529,75 @@ def test_model_without_a_party_has_the_mean_over_those_that_are_left(bench, merg
         x += total * np.float32(1.0 / float(sum(weights.values())))
     found = _without(bench, "bob")
     assert (found.version, digest(found.model)) == (2, digest(x))
+
+
+def _noise(bench, merging, version, total):
+    with bench.ledger() as ledger:
+        return noise_of(merging, ledger.noise_key()).for_version(version, covers=total)
+
+
+@pytest.mark.parametrize("merging", [NOISY_FEDBUFF, NOISY_FEDAVG], ids=["fedbuff", "fedavg"])
+def test_model_without_a_party_has_the_noise_of_each_version_and_the_same_denominator(bench, merging):
+    with bench.opened(merging=merging) as coordinator:
+        for turn in range(2):
+            base = bench.frames()[-1]
+            for number, party in enumerate(("ann", "bob", "cem")):
+                _send(bench, coordinator, party, base=base, delta=0.001 * (3 * turn + number + 1), num_samples=10**number)
+        assert coordinator.version == 2
+        model = coordinator.model_digest()
+    for left_out in ("bob", None):
+        x = bench.initial
+        for turn in range(2):
+            total = np.zeros(SIZE, np.float32)
+            for number, party in enumerate(("ann", "bob", "cem")):
+                if party != left_out:
+                    total += np.float32(0.001 * (3 * turn + number + 1))
+            x += (total + _noise(bench, merging, turn + 1, total)) * np.float32(1.0 / 3.0)
+        if left_out is None:
+            assert digest(x) == model
+        else:
+            found = _without(bench, left_out)
+            assert (found.version, digest(found.model)) == (2, digest(x))
+            assert digest(_without(bench, left_out).model) == digest(x)
+
+
+@pytest.mark.parametrize("merging", [NOISY_FEDBUFF, NOISY_FEDAVG], ids=["fedbuff", "fedavg"])
+def test_rollback_adds_no_noise_and_no_noise_is_used_for_two_versions(bench, merging):
+    """Deltas of nothing, so that what a version changes is its noise."""
+    rules = {"merging": merging, "snapshot_every_versions": 2}
+    models = {}
+
+    def live(versions):
+        with bench.opened(**rules) as coordinator:
+            models[coordinator.version] = _recover(bench).state.model.copy()
+            for _ in range(versions):
+                base = bench.frames()[-1]
+                for party in ("ann", "bob", "cem"):
+                    receipt = _send(bench, coordinator, party, base=base, delta=0.0)
+                assert receipt.outcome == "merged"
+                models[coordinator.version] = _recover(bench).state.model.copy()
+            # One more that is dropped by the rollback.
+            _send(bench, coordinator, "ann", delta=0.0)
+
+    live(4)
+    assert _back(bench, 2).version == 5
+    live(2)
+    assert _back(bench, 6).version == 8
+    live(2)
+    assert digest(models[5]) == digest(models[2])
+    assert digest(models[8]) == digest(models[6])
+    noised = [1, 2, 3, 4, 6, 7, 9, 10]
+    assert sorted(models) == list(range(11))
+    steps = {version: models[version] - models[version - 1] for version in noised}
+    for version, step in steps.items():
+        assert step == pytest.approx(_noise(bench, merging, version) / 3, abs=1e-5)
+        assert step.std() == pytest.approx(0.5 / 3, rel=0.15)
+    for one, other in combinations(noised, 2):
+        assert abs(np.corrcoef(steps[one], steps[other])[0, 1]) < 6 / SIZE**0.5
+    assert _verify(bench).version == 10
+    assert {version: digest(_model_of(bench, version)) for version in models} == {
+        version: digest(model) for version, model in models.items()
+    }
 
 
 def test_version_whose_updates_were_all_of_the_party_that_is_left_out_changes_nothing(bench):

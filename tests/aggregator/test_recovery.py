@@ -10,12 +10,14 @@ from structlog.testing import capture_logs
 
 from aggregator.coordinator import Coordinator
 from aggregator.decisions import Goal
+from aggregator.ledger import NOISE_KEY
+from aggregator.merging.noise import KEY_BYTES
 from aggregator.recovery import manifest_of_ledger, recover
 from aggregator.snapshots import Stored
 from aggregator.verification import verify
 from broker_fl.codecs.chain import change, rounded
 from broker_fl.config import MergingSettings
-from broker_fl.errors import DamagedError, StorageFullError
+from broker_fl.errors import DamagedError, FencedError, StorageFullError
 from broker_fl.parameters import digest
 
 MERGING = {
@@ -23,6 +25,10 @@ MERGING = {
     "fedasync mixing": MergingSettings(mode="mixing", mixing_rate=0.6, staleness="hinge", hinge=1, max_staleness=4),
     "fedbuff": MergingSettings(strategy="fedbuff", buffer_size=3, max_staleness=2, server_learning_rate=0.7),
     "fedavg": MergingSettings(strategy="fedavg", buffer_size=2),
+    "fedbuff with noise": MergingSettings(
+        strategy="fedbuff", buffer_size=2, max_staleness=2, server_learning_rate=0.7, clip_norm=1.0, noise_multiplier=0.5
+    ),
+    "fedavg with noise": MergingSettings(strategy="fedavg", buffer_size=2, clip_norm=1.0, noise_multiplier=0.5),
 }
 
 UPDATES = st.tuples(
@@ -64,8 +70,9 @@ class Life:
 
     def begin(self):
         with self.bench.ledger() as ledger, ledger.transaction():
-            # Frames name their ledger: the same name, for the same bytes.
+            # Frames name their ledger: the same name, for the same bytes. And the same key, for the same noise.
             ledger.set_fact("ledger_id", "ab" * 16)
+            ledger.set_fact(NOISE_KEY, "cd" * KEY_BYTES)
         self._context = self.bench.opened(every_s=2.0, **self.rules)
         self.coordinator = self._context.__enter__()
         return self
@@ -218,6 +225,49 @@ def _followed(bench):
     for frame in changes:
         change(model, frame, manifest=bench.manifest)
     return digest(model)
+
+
+@pytest.mark.parametrize("name", ["fedbuff with noise", "fedavg with noise"])
+def test_version_that_was_made_and_never_committed_is_made_again_with_the_same_noise(bench, name):
+    digests = []
+    for _ in range(3):
+        with bench.opened(merging=MERGING[name]) as coordinator:
+            (base,) = bench.frames()
+            arrivals = [bench.arrival(bench.update(party, base=base, seed=3)) for party in ("ann", "bob")]
+            with bench.ledger() as ledger:
+                ledger.take_lead("another", at=1.0)
+            with pytest.raises(FencedError):
+                coordinator.decide(arrivals)
+            assert coordinator.version == 1
+            digests.append(coordinator.model_digest())
+    assert bench.entries()[-1].version == 0
+    assert len(set(digests)) == 1
+
+
+def test_ledger_that_lost_its_noise_key_is_damaged_even_where_no_noise_was_ever_added(bench):
+    with bench.opened():
+        pass
+    bench.execute(f"DELETE FROM meta WHERE key = '{NOISE_KEY}'")
+    lost = pytest.raises(DamagedError, match="has lost its noise key; restore it from a backup")
+    with lost, bench.opened():
+        pass
+    with lost:
+        _verified(bench)
+
+
+@pytest.mark.parametrize("after", ["snapshot", "replay"])
+def test_recovery_by_another_key_is_found_out(bench, after):
+    with bench.opened(merging=MERGING["fedbuff with noise"]) as coordinator:
+        (base,) = bench.frames()
+        coordinator.decide([bench.arrival(bench.update(party, base=base)) for party in ("ann", "bob")])
+        if after == "snapshot":
+            coordinator.close()
+    bench.execute(f"UPDATE meta SET value = '{'ef' * KEY_BYTES}' WHERE key = '{NOISE_KEY}'")
+    with pytest.raises(DamagedError, match="entry 3 says another model than replay makes of version 1"):
+        _verified(bench)
+    if after == "replay":
+        with pytest.raises(DamagedError, match="entry 3 says another model"), bench.opened():
+            pass
 
 
 MIXING = MergingSettings(mode="mixing", mixing_rate=0.5, staleness="constant")

@@ -68,6 +68,26 @@ def test_flushes_buffers_and_changes_of_strategy_are_verified(bench):
 
 
 @BOTH
+@pytest.mark.parametrize("strategy", ["fedbuff", "fedavg"])
+def test_noise_of_full_and_early_buffers_is_verified(bench, strategy):
+    noisy = MergingSettings(strategy=strategy, buffer_size=2, clip_norm=1.0, noise_multiplier=0.5)
+    with bench.opened(merging=noisy) as coordinator:
+        for party in ("ann", "bob", "cem"):
+            coordinator.decide([bench.arrival(bench.update(party, base=bench.frames()[-1]))])
+            bench.publish(coordinator)
+        bench.clock.now += 100.0
+        coordinator.tick()
+        coordinator.decide([bench.arrival(bench.update("ann", base=bench.frames()[-1], seed=3))])
+        coordinator.close()
+    # A buffer that the noise is left out of from now on gets it still.
+    with bench.opened(merging=MergingSettings()) as coordinator:
+        model = coordinator.model_digest()
+    found = _verify(bench)
+    assert (found.merged, found.buffered, found.version) == (1, 3, 3)
+    assert found.model_digest == model
+
+
+@BOTH
 def test_lost_body_is_named_where_replay_needs_the_frames_as_bases(bench):
     with bench.opened(merging=MergingSettings(mode="mixing")) as coordinator:
         for seed in range(2):

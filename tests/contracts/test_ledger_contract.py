@@ -17,11 +17,20 @@ from sqlalchemy import event, make_url
 from aggregator import ledger as ledger_module
 from aggregator.admission import payload_digest
 from aggregator.chain import genesis, link
+from aggregator.ledger import NOISE_KEY
+from aggregator.merging.noise import KEY_BYTES
 from aggregator.opening import open_ledger, open_ledger_for_reading
-from aggregator.records import BODIES, ENTRIES, FRAMES, PARTS, SNAPSHOTS, Entry, FrameTotals, SnapshotRow
+from aggregator.records import BODIES, ENTRIES, FRAMES, META, PARTS, SNAPSHOTS, Entry, FrameTotals, SnapshotRow
 from aggregator.recovery import checked_entries
 from broker_fl.database import sqlite_url
 from broker_fl.errors import ConfigurationError, DamagedError, FencedError, StorageError, StorageUnavailableError
+
+ALL_READS = READS | {
+    "noise_key": lambda ledger: ledger.noise_key(),
+    "spent_by_party": lambda ledger: ledger.spent_by_party(),
+    "entries_without_payloads": lambda ledger: list(ledger.entries_without_payloads()),
+    "first of entries_without_payloads": lambda ledger: next(ledger.entries_without_payloads()),
+}
 
 PATIENCE_S = 60.0
 """The bound of every wait; SQLite's own is half of it."""
@@ -77,10 +86,9 @@ def until(condition):
 
 def everything(ledger):
     """All rows of all tables, but for who leads."""
-    tables = (ENTRIES, FRAMES, BODIES, SNAPSHOTS, PARTS)
+    tables = (META, ENTRIES, FRAMES, BODIES, SNAPSHOTS, PARTS)
     with ledger._reading():
-        rows = {table.name: [tuple(row) for row in ledger._connection.execute(table.select())] for table in tables}
-    return ledger.facts(), rows
+        return {table.name: [tuple(row) for row in ledger._connection.execute(table.select())] for table in tables}
 
 
 # Opening
@@ -108,6 +116,50 @@ def test_ledger_that_two_open_at_the_same_moment_has_one_id(url, _again):
         pass
     assert len(ids) == 2
     assert len(set(ids)) == 1
+
+
+def test_ledger_keeps_the_noise_key_of_its_first_opening(url):
+    keys = []
+    for opening in (open_ledger, open_ledger, open_ledger_for_reading):
+        with opening(url) as ledger:
+            keys.append(ledger.noise_key())
+    assert len(set(keys)) == 1
+    assert (type(keys[0]), len(keys[0])) == (bytes, KEY_BYTES)
+
+
+def test_every_ledger_has_a_noise_key_of_its_own(url, tmp_path):
+    with open_ledger(url) as one, open_ledger(sqlite_url(tmp_path / "other.db")) as other:
+        assert one.noise_key() != other.noise_key()
+
+
+def test_noise_key_that_two_open_at_the_same_moment_is_one(url):
+    keys, start = [], threading.Barrier(2)
+
+    def opening():
+        start.wait(PATIENCE_S)
+        with open_ledger(url) as ledger:
+            keys.append(ledger.noise_key())
+
+    with in_a_thread(opening), in_a_thread(opening):
+        pass
+    assert len(keys) == 2
+    assert len(set(keys)) == 1
+
+
+def test_noise_key_is_none_of_the_facts(ledger):
+    key = ledger.noise_key()
+    facts = ledger.facts()
+    assert NOISE_KEY not in facts
+    assert {"ledger_id", "format", "federation", "manifest"} <= set(facts)
+    assert not any(key.hex() in value for value in facts.values())
+
+
+def test_ledger_that_lost_its_noise_key_is_damaged_and_gets_no_other_one(url):
+    with open_ledger(url) as ledger, ledger.transaction():
+        ledger._connection.execute(META.delete().where(META.c.key == NOISE_KEY))
+    for opening in (open_ledger, open_ledger_for_reading):
+        with opening(url) as ledger, pytest.raises(DamagedError, match="has lost its noise key; restore it from a backup"):
+            ledger.noise_key()
 
 
 def test_ledger_of_an_earlier_format_is_named_and_left_as_it_is(url):
@@ -192,7 +244,7 @@ def test_others_see_a_transaction_only_when_it_is_over(ledger, url):
         assert reader.last_seq() == 1
 
 
-@pytest.mark.parametrize("read", READS.values(), ids=READS.keys())
+@pytest.mark.parametrize("read", ALL_READS.values(), ids=ALL_READS.keys())
 def test_reading_leaves_no_transaction_open(ledger, read):
     with ledger.transaction():
         ledger.append([entry(1), entry(2)])
@@ -202,7 +254,7 @@ def test_reading_leaves_no_transaction_open(ledger, read):
     append(ledger, entry(3))
 
 
-@pytest.mark.parametrize("read", READS.values(), ids=READS.keys())
+@pytest.mark.parametrize("read", ALL_READS.values(), ids=ALL_READS.keys())
 def test_reading_inside_a_transaction_sees_it_and_leaves_it_open(ledger, read):
     with ledger.transaction():
         ledger.append([entry(1), entry(2)])
@@ -267,6 +319,9 @@ def test_entries_come_back_in_order_with_all_that_was_written(ledger):
             sequence=2**53 - 1,
             base_version=2**40,
             num_samples=10**12,
+            num_steps=2**53 - 1,
+            noise_multiplier=1 / 3,
+            sample_rate=5e-324,
             train_loss=0.1,
             codec="topk:0.01+int8",
             size=2**40,
@@ -291,13 +346,14 @@ def test_entries_come_back_in_order_with_all_that_was_written(ledger):
 
 
 def test_types_come_back_as_they_were_written(ledger):
-    append(ledger, entry(1, at=2.0, train_loss=3.0, sequence=7))
+    append(ledger, entry(1, at=2.0, train_loss=3.0, sequence=7, num_steps=4, noise_multiplier=1.0, sample_rate=1.0))
     (found,) = ledger.entries_after(0)
     for field in fields(Entry):
         value = getattr(found, field.name)
         assert type(value) in (int, float, str, bytes, type(None)), field.name
-    assert [type(value) for value in (found.at, found.train_loss, found.weight)] == [float] * 3
-    assert [type(value) for value in (found.seq, found.version, found.sequence)] == [int] * 3
+    numbers = (found.at, found.train_loss, found.weight, found.noise_multiplier, found.sample_rate)
+    assert [type(value) for value in numbers] == [float] * 5
+    assert [type(value) for value in (found.seq, found.version, found.sequence, found.num_steps)] == [int] * 4
 
 
 AWKWARD_FLOATS = [
@@ -321,11 +377,12 @@ def bits(number):
 
 @pytest.mark.parametrize("number", AWKWARD_FLOATS)
 def test_float_comes_back_bit_for_bit_and_the_chain_holds(ledger, number):
-    append(ledger, entry(1, at=abs(number), weight=number, train_loss=number))
+    append(ledger, entry(1, at=abs(number), weight=number, train_loss=number, noise_multiplier=number, sample_rate=number))
     assert [found.seq for found in checked_entries(ledger, after=0)] == [1]
     (found,) = ledger.entries_after(0)
     assert bits(found.at) == bits(abs(number))
     assert bits(found.weight) == bits(found.train_loss) == bits(number)
+    assert bits(found.noise_multiplier) == bits(found.sample_rate) == bits(number)
 
 
 def test_minus_zero_comes_back_as_zero_and_the_chain_holds(ledger):
@@ -360,6 +417,52 @@ def test_whatever_is_written_comes_back_and_the_chain_holds(ledger, rows):
     assert [replace(one, chain="") for one in found] == written
     assert [bits(one.train_loss) for one in found] == [bits(one.train_loss) for one in written]
     assert list(checked_entries(ledger, after=first - 1)) == found
+
+
+def test_steps_are_counted_by_party_and_by_noise_and_sample_rate(ledger):
+    noised = {"noise_multiplier": 1.1, "sample_rate": 0.1}
+    append(
+        ledger,
+        Entry(1, "merging", 1.0, 0, payload=b"{}"),
+        entry(2, num_steps=10, **noised),
+        entry(3, num_steps=5, noise_multiplier=1.1, sample_rate=0.2),
+        entry(4, num_steps=7, noise_multiplier=1.2, sample_rate=0.1),
+        entry(5, num_steps=3, **noised),
+        entry(6, "bob", num_steps=100, **noised),
+        entry(7, "cem", num_steps=100),
+        entry(8, "dan", outcome="refused", reason="malformed", payload=None),
+        Entry(9, "flush", 1.0, 9),
+    )
+    assert ledger.spent_by_party() == {
+        "ann": {(1.1, 0.1): 13, (1.1, 0.2): 5, (1.2, 0.1): 7},
+        "bob": {(1.1, 0.1): 100},
+    }
+
+
+def test_steps_of_refused_buffered_and_compacted_updates_are_counted_too(ledger):
+    noised = {"noise_multiplier": 1 / 3, "sample_rate": 5e-324}
+    append(
+        ledger,
+        entry(1, num_steps=1, **noised),
+        entry(2, num_steps=2, outcome="buffered", **noised),
+        entry(3, num_steps=4, outcome="refused", reason="too_stale", payload=None, **noised),
+    )
+    with ledger.transaction():
+        ledger.drop_payloads(upto=3)
+    assert ledger.spent_by_party() == {"ann": {(1 / 3, 5e-324): 7}}
+    ((noise, rate), steps) = next(iter(ledger.spent_by_party()["ann"].items()))
+    assert [type(value) for value in (noise, rate, steps)] == [float, float, int]
+
+
+def test_nobody_has_spent_anything_in_a_new_ledger(ledger):
+    assert ledger.spent_by_party() == {}
+
+
+def test_steps_add_up_past_what_a_database_counts_to(ledger):
+    """A party may say any number below 2^53 in each of its updates: that must not keep the ledger from being read."""
+    most = 2**53 - 1
+    append(ledger, *(entry(seq, num_steps=most, noise_multiplier=1.0, sample_rate=0.1) for seq in range(1, 1100)))
+    assert ledger.spent_by_party() == {"ann": {(1.0, 0.1): 1099 * most}}
 
 
 def test_bytes_come_back_with_all_their_values(ledger):
@@ -1069,7 +1172,7 @@ def mortal(postgresql):
 def test_connection_that_the_server_ended_is_unavailable_once_and_then_made_anew(served, postgresql_url):
     append(served, entry(1), entry(2))
     add_frames(served, with_keyframe(1))
-    asking = {name: read for name, read in READS.items() if name != "nothing decided"}
+    asking = {name: read for name, read in ALL_READS.items() if name != "nothing decided"}
     with begun_ledger(postgresql_url) as other:
         for read in asking.values():
             with served._reading():

@@ -19,6 +19,7 @@ from broker_fl.codecs.rotation import eden
 from broker_fl.codecs.sparsify import stratified
 from broker_fl.codecs.splitmix import splitmix64
 from broker_fl.parameters import digest
+from broker_fl.privacy.accounting import Steps, composed, epsilon_of
 from schemas import wire
 from schemas.manifest import Manifest, TensorSpec
 from schemas.update import ModelUpdate
@@ -136,6 +137,12 @@ def test_the_rotated_values_are_the_bytes_and_decode():
     assert payload.hex() == bytes.fromhex(example["bytes"]).hex()
     assert eden(2).decode(Reader(payload), 3).tolist() == example["decoded"]
     assert by_the_document.values(by_the_document.Bytes(payload), "eden:2", 3) == example["decoded"]
+
+
+def test_the_trainings_cost_what_the_accountant_says():
+    example = EXAMPLE["privacy"]
+    history = composed(Steps(noise, rate, steps) for noise, rate, steps in example["trainings"])
+    assert epsilon_of(history, delta=example["delta"], accountant="rdp") == pytest.approx(example["rdp"], abs=5e-7)
 
 
 @pytest.mark.parametrize(("codec", "code"), [("float16", "<4H"), ("bfloat16", "<4H"), ("int8", "<5x4B")])

@@ -29,6 +29,7 @@ from schemas.event import Event, EventKind, UpdateFacts
 from schemas.frame import KeyframePlace, ModelFrame, Plan, TrainingPlan
 from schemas.ids import NAME_PATTERN
 from schemas.manifest import Manifest, TensorSpec
+from schemas.privacy import PrivacyFacts, PrivacyPlan
 from schemas.receipt import Reason, Receipt
 from schemas.update import ModelUpdate
 from schemas.wire import MAX_CONTAINER_LENGTH
@@ -59,6 +60,8 @@ MESSAGES = [
     (Manifest, "Manifest and TensorSpec", "field of Manifest"),
     (TensorSpec, "Manifest and TensorSpec", "field of TensorSpec"),
     (TrainingPlan, "TrainingPlan", "field"),
+    (PrivacyPlan, "PrivacyPlan and PrivacyFacts", "field of PrivacyPlan"),
+    (PrivacyFacts, "PrivacyPlan and PrivacyFacts", "field of PrivacyFacts"),
     (Receipt, "Receipt", "field"),
     (Event, "Event", "field"),
     (UpdateFacts, "Event", "field of UpdateFacts"),
@@ -336,6 +339,7 @@ async def test_the_headers_of_updates_are_documented(tmp_path):
         sender = worker.Worker(
             None,
             outbox,
+            None,
             None,
             identity=identity,
             link=link,

@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from schemas.event import Event, UpdateFacts
 from schemas.frame import KeyframePlace, ModelFrame, Plan, TrainingPlan
 from schemas.manifest import Manifest, TensorSpec
+from schemas.privacy import PrivacyFacts, PrivacyPlan
 from schemas.receipt import Receipt
 from schemas.update import ModelUpdate
 from schemas.wire import Message
@@ -28,6 +29,21 @@ SAMPLES: dict[str, Message] = {
         train_loss=0.25,
         payload=b"\x00\x01\xff",
     ),
+    "noised update": ModelUpdate(
+        federation="hospitals",
+        party="charite-2",
+        update_id="0123456789abcdef" * 2,
+        sequence=7,
+        base_version=41,
+        base_digest="ab" * 32,
+        manifest_digest=TWO_TENSORS.digest,
+        codec="eden:2",
+        num_samples=4708,
+        num_steps=735,
+        train_loss=None,
+        privacy=PrivacyFacts(noise_multiplier=1.1, sample_rate=0.0625, max_grad_norm=0.5),
+        payload=b"\x00\x01\xff",
+    ),
     "frame": ModelFrame(
         federation="hospitals",
         ledger="fedcba9876543210" * 2,
@@ -46,6 +62,9 @@ SAMPLES: dict[str, Message] = {
             momentum_correction=0.9,
             fraction=0.5,
             repeat=False,
+            privacy=PrivacyPlan(
+                target_epsilon=8.0, planned_trainings=40, max_grad_norm=0.5, delta=1e-5, accountant="prv", max_epsilon=9.5
+            ),
         ),
         payload=b"\x07",
     ),
@@ -84,12 +103,15 @@ SAMPLES: dict[str, Message] = {
         version=42,
         facts={"number": 3, "seconds": 0.5, "codec": "int8", "over": False},
         updates=(
-            UpdateFacts(party="charite-2", outcome="merged", staleness=1, weight=0.2, bytes=980, codec="int8", reason=None),
+            UpdateFacts(
+                party="charite-2", outcome="merged", staleness=1, weight=0.2, bytes=980, codec="int8", reason=None, epsilon=0.75
+            ),
             UpdateFacts(party=None, outcome="refused", staleness=0, weight=0.0, bytes=7, codec="", reason="identity"),
         ),
     ),
     "manifest": TWO_TENSORS,
     "plan": Plan(training=TrainingPlan(), update_codec="int8", fraction=0.5, repeat=True),
+    "privacy facts": PrivacyFacts(noise_multiplier=1.1, sample_rate=1.0, max_grad_norm=0.5),
     "training": TrainingPlan(),
 }
 
@@ -127,6 +149,31 @@ TRAINING_PLANS = st.builds(
     proximal=st.floats(0, 1000),
 )
 
+NOISE_MULTIPLIERS = EPSILONS = NORMS = st.floats(0, 1e6, exclude_min=True)
+
+
+@st.composite
+def privacy_plans(draw: st.DrawFn) -> PrivacyPlan:
+    target = draw(st.none() | EPSILONS)
+    return PrivacyPlan(
+        noise_multiplier=draw(NOISE_MULTIPLIERS) if target is None else None,
+        target_epsilon=target,
+        planned_trainings=None if target is None else draw(st.integers(1, 2**53 - 1)),
+        max_grad_norm=draw(NORMS),
+        clipping=draw(st.sampled_from(["auto", "flat", "ghost"])),
+        delta=draw(st.floats(0, 1, exclude_min=True, exclude_max=True)),
+        accountant=draw(st.sampled_from(["rdp", "prv", "gdp"])),
+        max_epsilon=draw(st.none() | EPSILONS),
+    )
+
+
+PRIVACY_FACTS = st.builds(
+    PrivacyFacts,
+    noise_multiplier=NOISE_MULTIPLIERS,
+    sample_rate=st.floats(0, 1, exclude_min=True),
+    max_grad_norm=NORMS,
+)
+
 PLANS = st.builds(
     Plan,
     training=TRAINING_PLANS,
@@ -134,6 +181,7 @@ PLANS = st.builds(
     momentum_correction=st.floats(0, 1, exclude_max=True),
     fraction=st.floats(0, 1, exclude_min=True),
     repeat=st.booleans(),
+    privacy=st.none() | privacy_plans(),
 )
 
 FRAME_FIELDS: dict[str, st.SearchStrategy[object]] = {
@@ -149,22 +197,26 @@ FRAME_FIELDS: dict[str, st.SearchStrategy[object]] = {
     "payload": st.binary(max_size=200),
 }
 
+UPDATES = st.builds(
+    ModelUpdate,
+    federation=NAMES,
+    party=NAMES,
+    update_id=HEX32,
+    sequence=st.integers(1, 2**53 - 1),
+    base_version=COUNTERS,
+    base_digest=HEX64,
+    manifest_digest=HEX64,
+    codec=TEXTS,
+    num_samples=st.integers(1, 10**12),
+    num_steps=st.integers(1, 2**53 - 1),
+    train_loss=st.none() | FINITE,
+    privacy=st.none() | PRIVACY_FACTS,
+    payload=st.binary(max_size=200),
+)
+
 MESSAGES: dict[str, st.SearchStrategy[Message]] = {
-    "update": st.builds(
-        ModelUpdate,
-        federation=NAMES,
-        party=NAMES,
-        update_id=HEX32,
-        sequence=st.integers(1, 2**53 - 1),
-        base_version=COUNTERS,
-        base_digest=HEX64,
-        manifest_digest=HEX64,
-        codec=TEXTS,
-        num_samples=st.integers(1, 10**12),
-        num_steps=st.integers(1, 2**53 - 1),
-        train_loss=FINITE,
-        payload=st.binary(max_size=200),
-    ),
+    "update": UPDATES,
+    "noised update": UPDATES,
     "frame": st.builds(
         ModelFrame,
         **FRAME_FIELDS,
@@ -187,7 +239,7 @@ MESSAGES: dict[str, st.SearchStrategy[Message]] = {
         weight=FINITE,
         codec=TEXTS,
         bytes=COUNTERS,
-        reason=st.none() | st.sampled_from(["malformed", "identity", "parts"]),
+        reason=st.none() | st.sampled_from(["malformed", "identity", "privacy", "parts"]),
         detail=TEXTS,
     ),
     "event": st.builds(
@@ -207,11 +259,13 @@ MESSAGES: dict[str, st.SearchStrategy[Message]] = {
                 bytes=COUNTERS,
                 codec=TEXTS,
                 reason=st.none() | st.sampled_from(["codec", "base"]),
+                epsilon=st.none() | FINITE,
             ),
             max_size=2,
         ),
     ),
     "manifest": manifests(),
     "plan": PLANS,
+    "privacy facts": PRIVACY_FACTS,
     "training": TRAINING_PLANS,
 }

@@ -50,6 +50,8 @@ def test_an_event_about_no_updates_holds_none():
         {"bytes": True},
         {"codec": "x" * 65},
         {"reason": ""},
+        {"epsilon": float("inf")},
+        {"epsilon": "1"},
     ],
 )
 def test_what_became_of_an_update_is_checked_field_by_field(wrong):

@@ -28,6 +28,22 @@ def test_counters_have_bounds(field, least, most):
             _decoded(**{field: beyond})
 
 
+def test_a_loss_is_said_or_said_to_be_left_out():
+    assert _decoded(train_loss=None).train_loss is None
+    assert _decoded(train_loss=1).train_loss == 1.0
+    fields = msgpack.unpackb(wire.encode(SAMPLES["update"]))
+    del fields["train_loss"]
+    with pytest.raises(DecodeError, match=r"train_loss: Field required"):
+        wire.decode(ModelUpdate, msgpack.packb(fields))
+
+
+def test_an_update_of_an_older_party_says_nothing_of_noise():
+    fields = msgpack.unpackb(wire.encode(SAMPLES["update"]))
+    del fields["privacy"]
+    assert wire.decode(ModelUpdate, msgpack.packb(fields)) == SAMPLES["update"]
+    assert SAMPLES["update"].privacy is None
+
+
 def test_the_name_of_a_codec_is_short():
     assert _decoded(codec="x" * 64).codec == "x" * 64
     with pytest.raises(DecodeError, match="codec"):

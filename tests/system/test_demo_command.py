@@ -33,6 +33,9 @@ SUMMARY = {
     "bytes_down_dense_float32",
     "max_staleness_seen",
     "seconds",
+    "epsilon_spent",
+    "max_epsilon",
+    "delta",
 }
 
 
@@ -66,7 +69,9 @@ class WatchedDemo:
 
 
 def demo(federation: SmallFederation, temporary: Path, *arguments: str, **variables: str) -> WatchedDemo:
-    running = federation.run("demo", *arguments, folder=federation.folder, variables={"TMPDIR": str(temporary), **variables})
+    # Where temporary files go is asked once in a process.
+    variables = {"TMPDIR": str(temporary), **variables}
+    running = federation.run("demo", *arguments, folder=federation.folder, variables=variables, afresh=True)
     return WatchedDemo(running, temporary)
 
 
@@ -111,6 +116,19 @@ def test_demo_in_memory_sums_up_the_same(played: Path) -> None:
     assert summary["bytes_down"] > 0
     assert "The federation is over" in (played / "said").read_text()
     assert sorted(folder.name for folder in (played / "demo").iterdir()) == ["aggregator", "workers"]
+
+
+async def test_demo_with_a_budget_shows_what_each_party_has_spent(federation: SmallFederation) -> None:
+    file = federation.folder / "summary.json"
+    budget = ("--epsilon", "8", "--parties", "2", "--versions", "12")
+    played = federation.run("demo", "--broker", "memory", *SMALL, *budget, "--json", str(file), folder=federation.folder)
+    await played.ends_well()
+    summary = summary_of(file)
+    assert (summary["max_epsilon"], summary["delta"], summary["updates_refused"]) == (8.0, 1e-5, 0)
+    assert set(summary["epsilon_spent"]) == {"party-1", "party-2"}
+    assert all(0 < spent <= 8 for spent in summary["epsilon_spent"].values())
+    assert re.search(r"epsilon \d\.\d\d to \d\.\d\d of 8", played.out)
+    assert "epsilon spent, of 8" in played.out
 
 
 async def test_demo_that_is_interrupted_leaves_nothing(federation: SmallFederation, temporary: Path) -> None:

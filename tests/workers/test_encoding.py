@@ -12,7 +12,7 @@ from workers.encoding import Budget, check_budget, encode_update, fields_bytes
 
 MANIFEST = manifest_of({"hidden.weight": np.zeros((400, 500), np.float32), "hidden.bias": np.zeros(8, np.float32)})
 DELTA = np.random.default_rng(0).standard_normal(MANIFEST.size).astype(np.float32)
-FIELDS = fields_bytes(federation="ward", party="ann")
+FIELDS = fields_bytes(federation="ward", party="ann", is_noised=False)
 
 
 def encoded(*, up="topk:0.01+int4", momentum=0.0, delta=DELTA, **given):

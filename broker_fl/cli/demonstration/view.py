@@ -136,7 +136,7 @@ def show_summary(console: Console, summary: Summary) -> None:
     }
     if summary.epsilon_spent is not None:
         spent = ", ".join(f"{party} {epsilon:.2f}" for party, epsilon in summary.epsilon_spent.items())
-        rows["epsilon spent, by each party's own record"] = f"{spent} (of {summary.max_epsilon:g}, delta {summary.delta:g})"
+        rows[f"epsilon spent, of {summary.max_epsilon:g}"] = f"{spent} (delta {summary.delta:g}, by their own records)"
     for name, value in rows.items():
         table.add_row(name, value)
     console.print(table)

@@ -20,7 +20,9 @@ SETTINGS = {
     "fedasync, hinge": MergingSettings(strategy="fedasync", staleness="hinge", hinge=2),
     "fedasync, mixing": MergingSettings(strategy="fedasync", mode="mixing", max_staleness=8),
     "fedbuff": MergingSettings(strategy="fedbuff", buffer_size=4),
+    "fedbuff, clipped": MergingSettings(strategy="fedbuff", buffer_size=4, clip_norm=20.0),
     "fedavg": MergingSettings(strategy="fedavg", buffer_size=4),
+    "fedavg, clipped": MergingSettings(strategy="fedavg", buffer_size=4, clip_norm=20.0),
 }
 CODECS = ["float32", "int8", "topk:0.05+float32", "topk:0.05+int4"]
 PROPERTY = settings(deadline=None, max_examples=3, suppress_health_check=[HealthCheck.too_slow])
