@@ -7,7 +7,7 @@ from broker_fl.errors import PrivacyError
 from broker_fl.privacy.accounting import Accountant, History, Steps, epsilon_of, noise_multiplier_for, total
 from schemas.privacy import Clipping, PrivacyFacts, PrivacyPlan
 
-_WORTH_ASKING = 2.0
+_WORTH_ASKING = 3.0
 """No bound is lower than that of rdp by as much."""
 
 
