@@ -206,6 +206,12 @@ class PrivacySettings(Section):
     """The file in which a party keeps what its data has cost; one for all federations that use the same data. Without it,
     `privacy-PARTY.db` in the worker's state folder."""
 
+    @model_validator(mode="after")
+    def _is_a_bound(self) -> Self:
+        if self.accountant == "gdp" and self.most_epsilon is not None:
+            raise ValueError("accountant = 'gdp' may say too little, and is no bound for an epsilon: take rdp or prv")
+        return self
+
     @property
     def is_asked_for(self) -> bool:
         return self.mechanism != "none"

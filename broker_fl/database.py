@@ -92,11 +92,26 @@ def attach(connection: Connection, name: str, file: Path, tables: MetaData) -> N
         verdict = connection.exec_driver_sql(f"PRAGMA {schema}.quick_check(1)").scalar_one()
         if verdict != "ok":
             raise DamagedError(f"{file} is damaged ({' '.join(str(verdict).split())}): restore it from a backup")
-        for database in ("main", schema):
-            _leave_log(connection, f"{database}")
+        for database in ("main", str(schema)):
+            _leave_log(connection, database)
         connection.rollback()
     with writing_alone(connection, str(file)):
         tables.create_all(connection)
+
+
+@contextmanager
+def attached_for_reading(file: Path, tables: MetaData) -> Iterator[Connection]:
+    """The file under the schema of these tables, and nothing else; nothing of it is changed. Raises StorageError."""
+    engine = create_engine("sqlite://", creator=lambda: sqlite3.connect(":memory:", uri=True), poolclass=StaticPool)
+    try:
+        with engine.connect() as connection:
+            with storage_errors(str(file)):
+                address = f"file:{quote(str(file.absolute()))}?mode=ro"
+                connection.exec_driver_sql(f"ATTACH DATABASE ? AS {tables.schema}", (address,))
+                connection.rollback()
+            yield connection
+    finally:
+        engine.dispose()
 
 
 @contextmanager
@@ -282,6 +297,9 @@ def _ours(what: str, exc: OperationalError | InterfaceError) -> StorageError:
     state = getattr(exc.orig, "sqlstate", None)
     if state == _NO_ROOM or (not is_server and "full" in reason):
         return StorageFullError(_no_space(what))
+    if not is_server and "readonly" in reason:
+        # A process that was killed in the middle of a commit left a journal, which only a writer takes back.
+        return StorageError(f"{what} is readonly here, or was left in the middle of a commit: start its process once")
     if state == _LOCK_NOT_AVAILABLE or (not is_server and "locked" in reason):
         return StorageInUseError(f"another process holds {what}")
     # A server that could not be reached has given no state.

@@ -151,6 +151,11 @@ class Outbox:
         """Of the one model that the party trains, as with the residual; None where the federation wants none."""
         self._set_vector(_VELOCITY, manifest, vector)
 
+    def clear_carried(self) -> None:
+        """Residual and velocity, of whichever model."""
+        for table in (_RESIDUAL, _VELOCITY):
+            self._connection.execute(delete(table))
+
     def _vector(self, table: Table, manifest: str) -> Vector | None:
         with self._reading():
             stored = self._connection.execute(select(table.c.vector).where(table.c.manifest == manifest)).scalar_one_or_none()

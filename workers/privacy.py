@@ -10,9 +10,10 @@ from pathlib import Path
 import structlog
 
 from broker_fl.errors import PrivacyError
-from broker_fl.privacy.policy import Exhausted, Limits, Mechanism, Spent, exhausted_by, mechanism_for
+from broker_fl.privacy.policy import Limits, Mechanism, Spent, exhausted_by, mechanism_for
 from broker_fl.privacy.record import Promise, Training
 from schemas.frame import Plan, TrainingPlan
+from schemas.privacy import PrivacyPlan
 from workers.outbox import Outbox
 from workers.spending import Spending
 
@@ -72,6 +73,11 @@ class PrivacyBudget:
         if asked is None:
             if self._limits.refuses_plain_training:
                 return Declined("the federation asks for no differential privacy, and [privacy] of this party does")
+            if self._file.exists():
+                return Declined(
+                    f"{self._file} says what was spent of these examples, and a training without noise would have no bound: "
+                    "where that is meant, put the record away"
+                )
             return PlainTraining()
         spending = self._spending()
         steps = training.steps or training.epochs * math.ceil(self._num_examples / training.batch_size)
@@ -85,15 +91,11 @@ class PrivacyBudget:
         if exhausted is not None:
             return Declined(f"the privacy budget is spent: {exhausted}")
         with self._outbox.transaction():
-            self._promise(spending, plan)
+            self._promise(spending, asked)
         return mechanism
 
-    def spend(
-        self, mechanism: Mechanism, plan: Plan, *, ledger: str, base_version: int, update_id: str | None
-    ) -> Exhausted | None:
-        """In the transaction of the update. Where it gives a limit that is passed now, since another worker on the same data was
-        faster, the transaction must not be committed.
-        """
+    def record(self, mechanism: Mechanism, *, ledger: str, base_version: int, update_id: str | None) -> None:
+        """In the transaction of the update; None where there is none, since training diverged."""
         spending, outbox = self._spending(), self._outbox_id()
         spending.add(
             Training(
@@ -112,18 +114,25 @@ class PrivacyBudget:
             )
         )
         self._outbox.set_fact(_KNOWN, spending.mark(outbox=outbox))
-        if plan.privacy is None:
-            return None
-        # Whoever else writes to the record waits for this transaction from here on.
-        return exhausted_by(None, spent=self._spent(spending), plan=plan.privacy, limits=self._limits)
+
+    def passed(self, asked: PrivacyPlan) -> str | None:
+        """After `record`, in the same transaction, which must not be committed where this says why: another worker on the same
+        data was faster. Whoever else writes to the record waits for this transaction.
+        """
+        try:
+            exhausted = exhausted_by(None, spent=self._spent(self._spending()), plan=asked, limits=self._limits)
+        except PrivacyError as exc:
+            return str(exc)
+        return None if exhausted is None else str(exhausted)
 
     def _spent(self, spending: Spending) -> Spent:
         return Spent(on_data=spending.history(), on_federation=spending.history(federation=self._federation))
 
-    def _promise(self, spending: Spending, plan: Plan) -> None:
-        asked = "{}" if plan.privacy is None else plan.privacy.model_dump_json(exclude_none=True)
+    def _promise(self, spending: Spending, asked: PrivacyPlan) -> None:
         limits = dumps({name: value for name, value in asdict(self._limits).items() if value is not None})
-        spending.promise(Promise(self._clock(), self._federation, self._party, limits=limits, plan=asked))
+        spending.promise(
+            Promise(self._clock(), self._federation, self._party, limits=limits, plan=asked.model_dump_json(exclude_none=True))
+        )
 
     def _spending(self) -> Spending:
         if self._opened is None:

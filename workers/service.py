@@ -64,6 +64,9 @@ _CLOCK_GRACE_S = 60.0
 _KEEP_AFTER_S = 0.1
 """A model that was received is kept on the disk a moment later, so that training does not wait for it."""
 
+_CARRIED, _NOISED, _PLAIN = "carried", "noised", "plain"
+"""A fact of the outbox: whether residual and velocity are all of noised trainings."""
+
 _UPLINK = "uplink_bytes_per_s"
 _UPLINK_MEMORY = 0.7
 """The share that earlier updates keep in the measured speed of the line."""
@@ -171,6 +174,7 @@ class Worker:
             self._follower.held = await self._in_outbox(self._held.load)
             if self._privacy.is_needed:
                 await self._in_outbox(self._privacy.open)
+                await self._in_outbox(self._forget_unnoised)
             async with asyncio.TaskGroup() as group:
                 services = (self._sessions(), self._train_models(), self._keep_models())
                 tasks = [group.create_task(service) for service in services]
@@ -310,6 +314,10 @@ class Worker:
         if update.manifest_digest != manifest.digest:
             log.warning("the refused update was another model's: its content is dropped", update=stored.update_id[:8])
             return
+        if update.privacy is None and self._outbox.fact(_CARRIED) == _NOISED:
+            log.warning("the refused update was trained without noise: its content is dropped", update=stored.update_id[:8])
+            self._outbox.count({"updates_dropped": 1})
+            return
         refused = decode(update.payload, parse_codec(update.codec), manifest=manifest)
         residual = self._outbox.residual(manifest.digest)
         self._outbox.set_residual(
@@ -431,6 +439,8 @@ class Worker:
             log.warning("no training, the model is followed", reason=reason)
             self._count({"trainings_declined": 1})
         self._declined = reason
+        if isinstance(mechanism, Mechanism) and self._outbox.fact(_CARRIED) != _NOISED:
+            self._forget_unnoised()
         return None if isinstance(mechanism, PlainTraining) else mechanism
 
     def _may_train(self, received: ReceivedModel) -> bool:
@@ -454,9 +464,7 @@ class Worker:
         with self._outbox.transaction():
             self._outbox.count({"trainings_diverged": 1})
             if mechanism is not None:
-                self._privacy.spend(
-                    mechanism, received.plan, ledger=received.ledger, base_version=received.version, update_id=None
-                )
+                self._privacy.record(mechanism, ledger=received.ledger, base_version=received.version, update_id=None)
 
     def _keep(
         self, received: ReceivedModel, result: TrainResult, sequence: int, mechanism: Mechanism | None
@@ -503,6 +511,8 @@ class Worker:
                 self._outbox.count({"trainings": 1, "steps": result.num_steps})
                 if mechanism is not None:
                     self._spend(mechanism, received, update_id)
+                else:
+                    self._outbox.set_fact(_CARRIED, _PLAIN)
                 reach("worker.spent")
         except _BudgetPassedError as passed:
             log.warning("a training is dropped: another worker on the same data spent what it needs", reason=str(passed))
@@ -510,11 +520,23 @@ class Worker:
         return stored
 
     def _spend(self, mechanism: Mechanism, received: ReceivedModel, update_id: str) -> None:
-        passed = self._privacy.spend(
-            mechanism, received.plan, ledger=received.ledger, base_version=received.version, update_id=update_id
-        )
+        self._privacy.record(mechanism, ledger=received.ledger, base_version=received.version, update_id=update_id)
+        passed = None if received.plan.privacy is None else self._privacy.passed(received.plan.privacy)
         if passed is not None:
-            raise _BudgetPassedError(str(passed))
+            raise _BudgetPassedError(passed)
+
+    def _forget_unnoised(self) -> None:
+        """What trainings without noise left behind, and was not sent: it must not ride in updates that are paid for as noised."""
+        plain = [stored for stored in self._outbox.all_unsettled() if wire.decode(ModelUpdate, stored.body).privacy is None]
+        with self._outbox.transaction():
+            self._outbox.clear_carried()
+            for stored in plain:
+                self._outbox.settle(stored.update_id)
+            if plain:
+                self._outbox.count({"updates_dropped": len(plain)})
+            self._outbox.set_fact(_CARRIED, _NOISED)
+        if plain:
+            log.warning("updates without noise are dropped, since noise is asked for now", updates=len(plain))
 
     async def _in_outbox(self, call: Callable[..., Result], *arguments: object) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._outbox_thread, call, *arguments)

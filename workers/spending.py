@@ -10,10 +10,9 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from sqlalchemy import Column, Connection, Float, Integer, MetaData, String, Table, create_engine, func, insert, select
-from sqlalchemy.pool import StaticPool
+from sqlalchemy import Column, Connection, Float, Integer, MetaData, String, Table, func, insert, inspect, select
 
-from broker_fl.database import attach, reading, writing_alone
+from broker_fl.database import attach, attached_for_reading, reading, writing_alone
 from broker_fl.errors import ConfigurationError, DamagedError
 from broker_fl.privacy.accounting import History, Steps, composed
 from broker_fl.privacy.record import Promise, Training
@@ -73,10 +72,17 @@ class Spending:
             self._connection.execute(
                 insert(_FACTS), [{"key": "format", "value": FORMAT}, {"key": "id", "value": uuid.uuid4().hex}]
             )
-        elif facts.get("format") != FORMAT:
+        else:
+            self.expect_format()
+
+    def expect_format(self) -> None:
+        """Raises ConfigurationError."""
+        with self._reading():
+            found = self._facts().get("format")
+        if found != FORMAT:
             raise ConfigurationError(
-                f"{self.name} is of format {facts.get('format')!r}, and this version reads {FORMAT!r}: keep it, and use the "
-                "version of broker-fl that wrote it"
+                f"{self.name} is of format {found!r}, and this version reads {FORMAT!r}: keep it, and use the version of "
+                "broker-fl that wrote it"
             )
 
     def _facts(self) -> dict[str, str]:
@@ -148,14 +154,16 @@ def open_spending(file: Path) -> Iterator[Spending]:
     """To read, while workers run or after. Raises ConfigurationError where there is none, StorageError."""
     if not file.exists():
         raise ConfigurationError(f"there is no privacy record {file}: no training with differential privacy was kept there")
-    engine = create_engine("sqlite://", poolclass=StaticPool)
-    try:
-        with engine.connect() as connection:
-            yield Spending.attached(connection, str(file), file)
-    finally:
-        engine.dispose()
+    with attached_for_reading(file, _TABLES) as connection:
+        spending = Spending(connection, file)
+        with reading(connection, str(file)):
+            is_one = inspect(connection).has_table(_FACTS.name, schema=_TABLES.schema)
+        if not is_one:
+            raise ConfigurationError(f"{file} is no privacy record: name the file that [privacy] record names, or leave it out")
+        spending.expect_format()
+        yield spending
 
 
-def spending_file(folder: Path, party: str) -> Path:
-    """Where nothing else is said: of one party's data."""
-    return folder / f"privacy-{party}.db"
+def spending_file(folder: Path, party: str, record: Path | None = None) -> Path:
+    """The record that was named, or where nothing is said one of this party's data, in its worker's state folder."""
+    return record or folder / f"privacy-{party}.db"

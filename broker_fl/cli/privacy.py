@@ -54,7 +54,7 @@ def _report(settings: "Settings", delta: float | None) -> "Report":
         raise ConfigurationError("whose privacy? name the party by --party NAME or --enrolment NAME.toml")
     if delta is not None and not 0 < delta < 1:
         raise ConfigurationError(f"--delta {delta:g}: expected a number between 0 and 1, as in 1e-5")
-    with open_spending(settings.privacy.record or spending_file(settings.worker.state, name)) as spending:
+    with open_spending(spending_file(settings.worker.state, name, settings.privacy.record)) as spending:
         return report_of(spending.trainings(), spending.promises(), party=name, record=spending.id, delta=delta)
 
 

@@ -240,7 +240,7 @@ def built_worker(settings: Settings, connect: Connect) -> Iterator[Worker]:
     with open_outbox(settings.worker.state, party=party, federation=settings.federation.name) as outbox:
         privacy = PrivacyBudget(
             outbox,
-            file=settings.privacy.record or spending_file(settings.worker.state, party),
+            file=spending_file(settings.worker.state, party, settings.privacy.record),
             limits=_limits_of_party(settings),
             federation=settings.federation.name,
             party=party,

@@ -26,11 +26,21 @@ from schemas.privacy import Accountant
 if TYPE_CHECKING:
     from opacus.accountants.accountant import IAccountant
 
-__all__ = ["Accountant", "History", "Steps", "composed", "epsilon_of", "noise_multiplier_for", "total"]
+__all__ = [
+    "Accountant",
+    "History",
+    "Steps",
+    "composed",
+    "epsilon_of",
+    "epsilon_of_rdp",
+    "noise_multiplier_for",
+    "rdp_of",
+    "total",
+]
 
 _NOISE_TOLERANCE = 1e-4
 """Relative, of a noise that is searched for: it is rounded up by that much."""
-_MOST_NOISE = 1e5
+_MOST_NOISE = 1000.0
 _LEAST_NOISE = 1e-6
 """Below it, Opacus' sums overflow, and may never end: it hides nothing."""
 _LEAST_RATE = 1e-12
@@ -86,14 +96,24 @@ def epsilon_of(history: History, *, delta: float, accountant: Accountant) -> flo
 
 def _epsilon_by_rdp(history: History, delta: float) -> float:
     """As Opacus' RDPAccountant does it; what one step costs is asked once for each kind of step."""
+    return epsilon_of_rdp(rdp_of(history), delta=delta)
+
+
+def rdp_of(history: History) -> NDArray[np.float64]:
+    """Rényi divergences by order, shape (109,): those of two histories are added up. The orders are Opacus'."""
+    return sum((_rdp_of_a_step(noise, rate) * steps for (noise, rate), steps in history.items()), np.zeros(len(_orders())))
+
+
+def epsilon_of_rdp(spent: NDArray[np.float64], *, delta: float) -> float:
+    """Of what `rdp_of` gives. Raises PrivacyError where it comes to no number."""
     from opacus.accountants.analysis.rdp import get_privacy_spent
 
-    orders = _orders()
-    spent = sum((_rdp_of_a_step(noise, rate) * steps for (noise, rate), steps in history.items()), np.zeros(len(orders)))
     with warnings.catch_warnings():
         # That the best order is the smallest or the largest: the bound is then not the tightest, and a bound all the same.
         warnings.simplefilter("ignore")
-        epsilon, _ = get_privacy_spent(orders=orders, rdp=spent, delta=delta)
+        epsilon, _ = get_privacy_spent(orders=_orders(), rdp=spent, delta=delta)
+    if math.isnan(epsilon):
+        raise PrivacyError("accountant rdp has no answer for this history")
     return max(0.0, float(epsilon))
 
 
@@ -103,7 +123,7 @@ def _orders() -> list[float]:
     return list(RDPAccountant.DEFAULT_ALPHAS)
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=16_384)
 def _rdp_of_a_step(noise_multiplier: float, sample_rate: float) -> NDArray[np.float64]:
     from opacus.accountants.analysis.rdp import compute_rdp
 
@@ -174,8 +194,8 @@ def noise_multiplier_for(
 
     enough = 1.0
     while cost(enough) > target_epsilon:
-        enough *= 2
-        if enough > _MOST_NOISE:
+        enough = min(2 * enough, _MOST_NOISE)
+        if enough == _MOST_NOISE and cost(enough) > target_epsilon:
             raise PrivacyError(
                 f"no noise makes {steps} steps cost epsilon {target_epsilon:g} at delta {delta:g} (accountant {accountant}): "
                 "take fewer steps, or a higher target"

@@ -81,15 +81,18 @@ def mechanism_for(plan: PrivacyPlan, limits: Limits, *, num_examples: int, batch
     is more. Raises PrivacyError for a target that no noise reaches.
     """
     rate = min(1.0, batch_size / num_examples)
-    noise = plan.noise_multiplier
-    if noise is None:
+    if plan.noise_multiplier is not None:
+        noise = plan.noise_multiplier
+    elif plan.target_epsilon is not None and plan.planned_trainings is not None:
         noise = noise_multiplier_for(
-            plan.target_epsilon or 0.0,
+            plan.target_epsilon,
             delta=plan.delta,
             sample_rate=rate,
-            steps=steps * (plan.planned_trainings or 1),
+            steps=steps * plan.planned_trainings,
             accountant=plan.accountant,
         )
+    else:
+        raise PrivacyError("the federation says neither how much noise to add nor what trainings may cost")
     return Mechanism(max(noise, limits.min_noise_multiplier or 0.0), rate, steps, plan.max_grad_norm, plan.clipping)
 
 
@@ -123,13 +126,14 @@ class Demands:
             return f"its noise multiplier {facts.noise_multiplier:g} is below this federation's {self.min_noise_multiplier:g}"
         return None
 
-    def overspent(self, history: History) -> str | None:
-        """`history` is the party's, with the update in question; None while it is within what a party may spend."""
+    def overspent(self, history: History, *, was_over: bool = False) -> str | None:
+        """`history` is the party's, with the update in question; None while it is within what a party may spend. What was over
+        stays over: nothing dear is asked again."""
         most = self.plan.max_epsilon
         if most is None:
             return None
         epsilon = epsilon_of(history, delta=self.plan.delta, accountant="rdp")
-        if most < epsilon < _WORTH_ASKING * most:
+        if not was_over and most < epsilon < _WORTH_ASKING * most:
             # The other bounds are lower, and dearer, and may have no answer to what a party says.
             with suppress(PrivacyError):
                 epsilon = epsilon_of(history, delta=self.plan.delta, accountant=self.plan.accountant)

@@ -80,8 +80,8 @@ class Party:
             with self.outbox.transaction():
                 if update_id is not None:
                     self.outbox.add(StoredUpdate(sequence, update_id, b"", 0, "float32"))
-                passed = self.budget.spend(mechanism, by, ledger="l", base_version=0, update_id=update_id)
-                if killed or (passed is not None and not diverged):
+                self.budget.record(mechanism, ledger="l", base_version=0, update_id=update_id)
+                if killed or (not diverged and self.budget.passed(by.privacy) is not None):
                     raise KilledError
         except KilledError:
             return False
@@ -237,8 +237,12 @@ def test_a_party_that_allows_no_plain_training_declines_it():
     with parties(limits=Limits(delta=DELTA, accountant="rdp", max_epsilon=3.0), federations=("cardio",)) as by_name:
         assert "asks for no differential privacy" in by_name["cardio"].asks(PLAIN).reason
     with parties(limits=Limits(delta=DELTA, accountant="rdp"), federations=("cardio",)) as by_name:
-        assert by_name["cardio"].asks(PLAIN) == PlainTraining()
-        assert not by_name["cardio"].record.exists()
+        party = by_name["cardio"]
+        assert party.asks(PLAIN) == PlainTraining()
+        assert not party.record.exists()
+        # With a record there is a bound that a training without noise would end.
+        assert party.spends(party.asks(plan()), plan())
+        assert "would have no bound" in party.asks(PLAIN).reason
 
 
 def test_a_party_raises_the_noise_to_its_own_least():

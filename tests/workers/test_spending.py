@@ -67,6 +67,7 @@ def test_an_update_and_its_cost_are_there_together_or_not_at_all(tmp_path):
 
 KILLED = """
 import sys
+import numpy
 from pathlib import Path
 sys.path[:0] = [{tests!r}]
 from test_spending import opened, training, update
@@ -77,7 +78,7 @@ with opened(Path({folder!r})) as (outbox, spending):
     while True:
         with outbox.transaction():
             outbox.add(update(sequence))
-            outbox.set_residual("m", __import__("numpy").zeros(100_000, "float32"))
+            outbox.set_residual("m", numpy.zeros(100_000, "float32"))
             spending.add(training(sequence))
         sequence += 1
 """

@@ -7,11 +7,13 @@ from dataclasses import replace
 import numpy as np
 from structlog.testing import capture_logs
 
+from broker_fl.codecs.codec import decode, parse_codec
 from broker_fl.privacy.accounting import epsilon_of
 from broker_fl.privacy.policy import Limits
 from schemas import wire
 from schemas.privacy import PrivacyPlan
 from schemas.update import ModelUpdate
+from workers.outbox import open_outbox
 from workers.service import seed_of
 from workers.spending import open_spending, spending_file
 
@@ -134,8 +136,10 @@ async def test_workers_of_two_federations_on_the_same_data_stop_at_their_common_
         await hub.update()
         with open_spending(record) as spending:
             (first,) = spending.trainings()
-            # What the other federation's worker does in its process.
-            with spending._connection.begin():
+        # What the other federation's worker does in its process.
+        with open_outbox(tmp_path / "other", party="ann", federation="onco") as outbox:
+            spending = outbox.attach(record)
+            with outbox.transaction():
                 for number in range(100):
                     spending.add(_of_another_federation(first, number))
         await hub.broadcast(2, privacy=ASKED)
@@ -157,3 +161,52 @@ async def test_what_was_promised_is_written_down(home, centre, new_trainer):
         (promise,) = spending.promises()
     assert json.loads(promise.limits) == {"delta": 1e-6, "accountant": "prv", "max_epsilon": 50.0, "must_be_noised": False}
     assert json.loads(promise.plan)["noise_multiplier"] == 2.0
+
+
+async def test_nothing_of_trainings_without_noise_rides_in_updates_that_are_paid_for_as_noised(home, centre, new_trainer):
+    raw, noised = new_trainer(100.0), new_trainer(1.0)
+    async with centre() as hub, home.running(raw):
+        await hub.broadcast(1, up="topk:0.05+float32")
+        await hub.answer(await hub.update())
+    with home.outbox() as outbox:
+        assert np.abs(outbox.residual(hub.frames.manifest.digest)).max() == 100
+    async with centre() as hub, home.running(noised):
+        await hub.broadcast(2, ledger="b" * 32, privacy=ASKED)
+        update = await hub.update()
+    assert update.privacy is not None
+    assert _largest(update, hub) == 1
+
+
+async def test_an_update_without_noise_that_is_refused_does_not_return_under_noise(home, centre, new_trainer):
+    async with centre() as hub, home.running(new_trainer(100.0)):
+        await hub.broadcast(1)
+        raw = await hub.update()
+    async with centre() as hub, home.running(new_trainer(1.0)):
+        await hub.broadcast(2, ledger="b" * 32, privacy=ASKED)
+        await home.counts("updates_dropped")
+        await hub.answer(raw, outcome="refused", reason="privacy")
+        await hub.broadcast(3, ledger="b" * 32, privacy=ASKED)
+        updates = [await hub.update() for _ in range(2)]
+    assert {_largest(update, hub) for update in updates if update.privacy is not None} == {1}
+
+
+async def test_updates_without_noise_are_not_sent_once_the_party_allows_none(home, centre, new_trainer):
+    async with home.running(new_trainer(100.0)) as _, centre() as hub:
+        await hub.broadcast(1)
+        await home.counts("trainings")
+    with home.outbox() as outbox:
+        made = outbox.all_unsettled()
+        with outbox.transaction():
+            for stored in made:
+                outbox.mark_sent(stored.update_id, at=0.0)
+    async with centre() as hub, home.running(new_trainer(), limits=Limits(delta=1e-5, accountant="rdp", max_epsilon=5.0)):
+        await hub.broadcast(2)
+        await home.counts("trainings_declined")
+        assert home.counters()["updates_dropped"] == len(made) == 1
+    with home.outbox() as outbox:
+        assert outbox.all_unsettled() == []
+
+
+def _largest(update, hub):
+    decoded = decode(update.payload, parse_codec(update.codec), manifest=hub.frames.manifest)
+    return np.abs(decoded.dense()).max()

@@ -90,7 +90,7 @@ def _privacy(settings: Settings, figures: Figures) -> _Privacy:
 
 
 def _spent(settings: Settings, party: str) -> float:
-    file = spending_file(settings.worker.state, party)
+    file = spending_file(settings.worker.state, party, settings.privacy.record)
     if not file.exists():
         return 0.0
     with open_spending(file) as spending:

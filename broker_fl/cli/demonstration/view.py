@@ -135,8 +135,9 @@ def show_summary(console: Console, summary: Summary) -> None:
         "seconds": f"{summary.seconds:.0f}",
     }
     if summary.epsilon_spent is not None:
+        most = "" if summary.max_epsilon is None else f", of {summary.max_epsilon:g}"
         spent = ", ".join(f"{party} {epsilon:.2f}" for party, epsilon in summary.epsilon_spent.items())
-        rows[f"epsilon spent, of {summary.max_epsilon:g}"] = f"{spent} (delta {summary.delta:g}, by their own records)"
+        rows[f"epsilon spent{most}"] = f"{spent} (delta {summary.delta:g}, by their own records)"
     for name, value in rows.items():
         table.add_row(name, value)
     console.print(table)
