@@ -57,7 +57,7 @@ down = "topk:0.05+int8"            # of what changed in the model from one broad
 # keyframe_every_frames = 100      # or sooner, where the changes since the last one cost more
 
 # [privacy]                        # differential privacy of each example; see docs/privacy.md
-# mechanism = "dp-sgd"             # none | dp-sgd, in all workers; `up` is then eden:2 unless it is given
+# mechanism = "none"               # none | dp-sgd, in all workers; `up` is then eden:2 unless it is given
 # target_epsilon = 8               # what planned_trainings of a party may cost; or noise_multiplier = 1.1
 # planned_trainings = 100
 # max_grad_norm = 1.0              # what the gradient of one example is clipped to

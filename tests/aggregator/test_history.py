@@ -590,7 +590,7 @@ def test_rollback_adds_no_noise_and_no_noise_is_used_for_two_versions(bench, mer
     assert sorted(models) == list(range(11))
     steps = {version: models[version] - models[version - 1] for version in noised}
     for version, step in steps.items():
-        assert step == pytest.approx(_noise(bench, merging, version) / 3, abs=1e-5)
+        assert step == pytest.approx(_noise(bench, merging, version, np.zeros(SIZE, np.float32)) / 3, abs=1e-5)
         assert step.std() == pytest.approx(0.5 / 3, rel=0.15)
     for one, other in combinations(noised, 2):
         assert abs(np.corrcoef(steps[one], steps[other])[0, 1]) < 6 / SIZE**0.5

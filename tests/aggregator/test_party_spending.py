@@ -356,9 +356,10 @@ def test_history_that_the_ledger_had_is_gone_on_from_and_not_changed():
 
 def test_party_that_claims_trainings_of_ever_new_kinds_is_refused_before_they_cost_time(bench):
     spending = PartySpending(DEMANDS, {"ann": {(1.0 + number / 1000, 0.01): 1 for number in range(MOST_KINDS)}})
-    base = bench.frames()[-1] if bench.frames() else None
-    update = _noised(bench, base=base, privacy=PrivacyFacts(noise_multiplier=7.0, sample_rate=0.5, max_grad_norm=1.0))
+    with bench.opened(privacy=DEMANDS):
+        update = _noised(bench, privacy=PrivacyFacts(noise_multiplier=7.0, sample_rate=0.5, max_grad_norm=1.0))
     assert spending.add(update) is None
     refused = spending.overspent("ann")
     assert refused is not None
     assert refused.detail == "its party has said of more than 256 kinds of trainings that it did them"
+    assert spending.overspent("bob") is None

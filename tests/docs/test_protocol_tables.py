@@ -128,7 +128,7 @@ def _documented_type(documented: str) -> str:
 def _documented_numbers(documented: str) -> set[float]:
     """What JSON Schema would say: a count is below 2^53, and from 0 where nothing else is said."""
     text = re.sub(r"`.*?`", "", documented)
-    numbers = {float(number.replace(",", "")) for number in re.findall(r"(?<!\^)\b\d[\d,]*\b(?!\^)", text)}
+    numbers = {float(number.replace(",", "")) for number in re.findall(r"(?<!\^)\b\d[\d,]*(?:\.\d+)?\b(?!\^)", text)}
     numbers |= {float(int(base) ** int(power)) for base, power in re.findall(r"(\d+)\^(\d+)", text)}
     if text.startswith("count"):
         numbers |= {2.0**53} | (set() if "from" in text else {0.0})

@@ -149,7 +149,8 @@ TRAINING_PLANS = st.builds(
     proximal=st.floats(0, 1000),
 )
 
-NOISE_MULTIPLIERS = EPSILONS = NORMS = st.floats(0, 1e6, exclude_min=True)
+NOISE_MULTIPLIERS = st.floats(0.01, 1000)
+EPSILONS = NORMS = st.floats(0, 1e6, exclude_min=True)
 
 
 @st.composite

@@ -88,7 +88,7 @@ def _mixed():
 
 REFUSED = {
     "a weight outside of its layer": (_outside_of_its_layer, "does not find the gradient of an example"),
-    "circular padding": (_circular, "does not find the gradient of an example"),
+    "circular padding": (_circular, "pads by 'circular', and gradients by example are those"),
     "a batch that is mixed by hand": (_mixed, "depends on the others of its batch"),
     "in place": (
         lambda: nn.Sequential(nn.Linear(FEATURES, FEATURES), nn.ReLU(inplace=True), out()),
