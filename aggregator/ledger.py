@@ -247,14 +247,13 @@ class Ledger:
         with self._reading():
             return [Entry(**row) for row in self._connection.execute(query).mappings()]
 
-    def last_entry(self) -> Entry | None:
-        """Without its payload."""
+    def last_entry(self, *, upto: int | None = None) -> Entry | None:
+        """Without its payload; of those up to this one, where others may be written meanwhile."""
+        query = select(*_WITHOUT_PAYLOAD).order_by(ENTRIES.c.seq.desc()).limit(1)
+        if upto is not None:
+            query = query.where(ENTRIES.c.seq <= upto)
         with self._reading():
-            row = (
-                self._connection.execute(select(*_WITHOUT_PAYLOAD).order_by(ENTRIES.c.seq.desc()).limit(1))
-                .mappings()
-                .one_or_none()
-            )
+            row = self._connection.execute(query).mappings().one_or_none()
         return None if row is None else Entry(**row)
 
     def first_merged(self, party: str) -> Entry | None:

@@ -38,6 +38,7 @@ from torch import Tensor, nn
 
 from aggregator.opening import open_ledger_for_reading
 from aggregator.spool import MAX_HALF_SENT
+from benchmarks.chaos.nursery import python_path
 from benchmarks.report import parser, show
 from broker_fl.cli.options import Flags, environment_of
 from broker_fl.codecs.codec import encode, parse_codec
@@ -180,7 +181,8 @@ class Federation:
             "aggregator": {"state": self.folder},
             "evaluation": {"enabled": False},
         }
-        return {**inherited, **environment_of(settings)}
+        # The task is in this package, and Opacus installs one of the same name.
+        return {**inherited, **python_path(inherited), **environment_of(settings)}
 
     def entries(self) -> int:
         with open_ledger_for_reading(self.ledger_url) as ledger:

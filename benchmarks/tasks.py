@@ -1,7 +1,9 @@
 """The tasks of benchmarks.wire: real images, a model that trains in seconds, and fewer examples than there are.
 
-broker-fl ... --task benchmarks.tasks:FASHION_MNIST --data FOLDER     (FOLDER holds FashionMNIST/raw)
-broker-fl ... --task benchmarks.tasks:CIFAR10 --data cifar10.npz
+PYTHONPATH=. broker-fl ... --task benchmarks.tasks:FASHION_MNIST --data FOLDER     (FOLDER holds FashionMNIST/raw)
+PYTHONPATH=. broker-fl ... --task benchmarks.tasks:CIFAR10 --data cifar10.npz
+
+Without PYTHONPATH, the `benchmarks` that Opacus installs is found.
 """
 
 from collections import OrderedDict

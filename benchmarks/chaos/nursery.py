@@ -161,7 +161,7 @@ class Nursery:
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 # Before the installed packages, since Opacus installs a `benchmarks` of its own.
-                env={**environment, **_ONE_THREAD, "PYTHONPATH": str(_ROOT)},
+                env={**environment, **_ONE_THREAD, **python_path(environment)},
                 start_new_session=True,  # Ctrl-C is for us.
             )
             stack.push_async_callback(_stop, self._process)
@@ -248,6 +248,12 @@ class Nursery:
                     starting.set_exception(ProcessError(f"the nursery could not start a process: {why}"))
             case {"ended": number, "code": code}:
                 self._codes.pop(number).set_result(code)
+
+
+def python_path(environment: Mapping[str, str]) -> dict[str, str]:
+    """Where processes find this package first, and then what they found before."""
+    before = environment.get("PYTHONPATH")
+    return {"PYTHONPATH": os.pathsep.join([str(_ROOT), *([before] if before else [])])}
 
 
 def _whole(path: Path) -> str:

@@ -8,8 +8,8 @@ broadcasts are not compressed. Without epsilon, there is neither noise nor clipp
 (`tanh_cnn`; for CIFAR-10 `small_cnn`, for time) and a linear one on fixed scattering features.
 
 Of Fashion-MNIST, the first 20,000 training images and all test images; of CIFAR-10, the first 20,000 and the first 5,000. The
-settings in recipes.py were chosen by the 5,000 training images after those (`--validate` measures on them), without accounting
-for what such a choice costs in privacy.
+settings in recipes.py were chosen by the 5,000 training images after those (`--validate` measures on them) where they were
+chosen, without accounting for what such a choice costs in privacy.
 `accuracy` is the last model's. `known` are published results, of all training images and central.
 
     python -m benchmarks.privacy --data FOLDER [--json FILE] [--only task=fashion_mnist epsilon=2 ...] [--validate]
@@ -75,7 +75,10 @@ class Case:
     recipe: Recipe
 
     def is_meant(self, only: Mapping[str, str]) -> bool:
-        return all(str(getattr(self, name)).lower() == value for name, value in only.items())
+        told = {"task": self.task, "model": self.model, "setting": self.setting, "epsilon": "none"}
+        if self.epsilon is not None:
+            told["epsilon"] = f"{self.epsilon:g}"
+        return all(told[name] == value for name, value in only.items())
 
 
 def cases(only: Mapping[str, str], *, quick: bool) -> Iterator[Case]:

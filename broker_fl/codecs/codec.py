@@ -141,7 +141,9 @@ def _built(stage: Stage) -> Quantizer:
 
 def quantizers_of(codec: Codec) -> tuple[Quantizer, Quantizer]:
     """Of small tensors and of large ones; one object where there is no difference."""
-    return _built(Stage(QUANTIZERS[codec.quantizer.kind].for_small)), _built(codec.quantizer)
+    small, large = Stage(QUANTIZERS[codec.quantizer.kind].for_small), _built(codec.quantizer)
+    # Asked for twice, it may come as two objects: a cache that several threads find empty gives each its own.
+    return (large if small == codec.quantizer else _built(small)), large
 
 
 def _sparsifier_stage(text: str, name: str) -> Stage:

@@ -503,3 +503,28 @@ def test_model_of_the_first_start_is_the_one_that_was_given(bench):
     with bench.opened():
         pass
     assert np.array_equal(_recovered(bench).model, bench.initial)
+
+
+class _Overtaken:
+    """A ledger to which somebody writes just after its entries were read."""
+
+    def __init__(self, ledger, write):
+        self._ledger, self._write = ledger, write
+
+    def __getattr__(self, name):
+        return getattr(self._ledger, name)
+
+    def entries_after(self, seq):
+        yield from self._ledger.entries_after(seq)
+        self._write()
+
+
+def test_recovery_beside_an_aggregator_at_work_is_not_taken_for_damage(bench):
+    with bench.opened() as coordinator:
+        coordinator.decide([bench.arrival(bench.update(base=bench.frames()[-1]))])
+    # The newest snapshot holds all of it: replay finds no entry behind it, and then there is one.
+    with bench.opened() as coordinator, bench.ledger() as ledger:
+        base = bench.frames()[-1]
+        overtaken = _Overtaken(ledger, lambda: coordinator.decide([bench.arrival(bench.update(base=base, seed=3))]))
+        recovered = recover(overtaken, bench.snapshots(), bench.manifest)
+        assert ledger.last_seq() == recovered.seq + 1

@@ -37,7 +37,7 @@ def test_each_row_learns_within_its_budget(digits):
 
 def test_rows_can_be_chosen_and_written(tmp_path, monkeypatch, capsys):
     file = tmp_path / "rows.json"
-    monkeypatch.setattr(sys, "argv", ["privacy", "--quick", "--only", "setting=central", "epsilon=8.0", "--json", str(file)])
+    monkeypatch.setattr(sys, "argv", ["privacy", "--quick", "--only", "setting=central", "epsilon=8", "--json", str(file)])
     main()
     (row,) = json.loads(file.read_text())["rows"]
     assert (row["task"], row["model"], row["setting"], row["epsilon"]) == ("digits", "linear", "central", 8.0)

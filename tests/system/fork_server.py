@@ -13,9 +13,8 @@ from collections.abc import Mapping, Sequence
 from itertools import count
 from pathlib import Path
 
-from benchmarks.chaos.nursery import BROKER_FL, MODULES
+from benchmarks.chaos.nursery import BROKER_FL, MODULES, python_path
 
-_ROOT = Path(__file__).parents[2]
 _PATIENCE_S = 60.0
 
 
@@ -61,7 +60,7 @@ class ForkServer:
             [sys.executable, "-P", "-m", "benchmarks.chaos.nursery", *MODULES],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**environment, "PYTHONPATH": str(_ROOT)},
+            env={**environment, **python_path(environment)},
             start_new_session=True,
         )
         threading.Thread(target=self._listen, daemon=True).start()

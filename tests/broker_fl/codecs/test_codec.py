@@ -1,5 +1,8 @@
+import copy
 import struct
+import threading
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -24,6 +27,7 @@ from codec_samples import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from broker_fl.codecs import codec as codec_module
 from broker_fl.codecs.codec import Codec, Stage, encode, parse_codec, quantizers_of
 from broker_fl.codecs.reader import varint
 from broker_fl.codecs.registry import QUANTIZERS as QUANTIZER_ENTRIES
@@ -434,3 +438,27 @@ def test_the_density_of_a_codec_can_be_set_where_it_has_one():
     for density in (0, -1, 1.1, float("nan")):
         with pytest.raises(ConfigurationError, match="over 0 and at most 1"):
             parse_codec("topk:0.01+int4").with_density(density)
+
+
+@pytest.mark.parametrize("name", ["int8", "float32", "float16"])
+def test_threads_that_ask_for_a_codec_at_the_same_moment_get_one_that_is_whole(name):
+    """A cache that several threads find empty gives each an object of its own."""
+    codec_module._built.cache_clear()
+    together = threading.Barrier(8)
+
+    def asks(_):
+        together.wait()
+        small, large = codec_module.quantizers_of(parse_codec(name))
+        return small is large
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(asks, range(8)))
+
+
+def test_small_and_large_tensors_of_a_dense_codec_are_one_however_often_it_is_built(monkeypatch):
+    build = codec_module._built.__wrapped__
+    monkeypatch.setattr(codec_module, "_built", lambda stage: copy.copy(build(stage)))
+    small, large = codec_module.quantizers_of(parse_codec("int8"))
+    assert small is large
+    small, large = codec_module.quantizers_of(parse_codec("int4"))
+    assert small is not large
