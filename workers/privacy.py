@@ -73,7 +73,7 @@ class PrivacyBudget:
         if asked is None:
             if self._limits.refuses_plain_training:
                 return Declined("the federation asks for no differential privacy, and [privacy] of this party does")
-            if self._file.exists():
+            if self._file.exists() or self._outbox.fact(_KNOWN) is not None:
                 return Declined(
                     f"{self._file} says what was spent of these examples, and a training without noise would have no bound: "
                     "where that is meant, put the record away"

@@ -439,7 +439,7 @@ class Worker:
             log.warning("no training, the model is followed", reason=reason)
             self._count({"trainings_declined": 1})
         self._declined = reason
-        if isinstance(mechanism, Mechanism) and self._outbox.fact(_CARRIED) != _NOISED:
+        if isinstance(mechanism, Mechanism):
             self._forget_unnoised()
         return None if isinstance(mechanism, PlainTraining) else mechanism
 
@@ -527,6 +527,8 @@ class Worker:
 
     def _forget_unnoised(self) -> None:
         """What trainings without noise left behind, and was not sent: it must not ride in updates that are paid for as noised."""
+        if self._outbox.fact(_CARRIED) == _NOISED:
+            return
         plain = [stored for stored in self._outbox.all_unsettled() if wire.decode(ModelUpdate, stored.body).privacy is None]
         with self._outbox.transaction():
             self._outbox.clear_carried()

@@ -3,7 +3,7 @@
 import math
 
 import numpy as np
-from scipy.stats import binom  # type: ignore[import-untyped, unused-ignore]
+from scipy.stats import binom
 
 from broker_fl.privacy.accounting import History, epsilon_of
 

@@ -16,7 +16,7 @@ chosen, without accounting for what such a choice costs in privacy.
     python -m benchmarks.privacy --quick
 
 FOLDER holds FashionMNIST/raw and cifar10.npz; what is not there is left out. --quick takes scikit-learn's digits, without a
-folder. About 40 minutes on one core.
+folder. About half an hour on one core.
 """
 
 import argparse

@@ -47,7 +47,7 @@ max_staleness = 32                 # in versions; later updates are refused, and
 # server_learning_rate = 1.0
 
 [codec]
-up = "topk:0.01+int4"              # of updates: [SPARSIFIER+]QUANTIZER, as in topk:0.01+int4, randomk:0.05+int8, sign
+# up = "topk:0.01+int4"            # of updates: [SPARSIFIER+]QUANTIZER, as in topk:0.01+int4, randomk:0.05+int8, sign
 down = "topk:0.05+int8"            # of what changed in the model from one broadcast to the next
 # up_budget = "20kB"               # fits the density of `up` to so many bytes an update
 # warm_up_versions = 0             # densities fall from warm_up_density to their own over so many versions

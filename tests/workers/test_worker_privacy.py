@@ -210,3 +210,26 @@ async def test_updates_without_noise_are_not_sent_once_the_party_allows_none(hom
 def _largest(update, hub):
     decoded = decode(update.payload, parse_codec(update.codec), manifest=hub.frames.manifest)
     return np.abs(decoded.dense()).max()
+
+
+async def test_what_noised_trainings_left_over_is_kept_over_restarts(home, centre, new_trainer):
+    limits = Limits(delta=1e-5, accountant="rdp", max_epsilon=50.0)
+    async with centre() as hub, home.running(new_trainer(3.0), limits=limits):
+        await hub.broadcast(1, up="topk:0.05+float32", privacy=ASKED)
+        await hub.answer(await hub.update())
+    async with centre() as hub, home.running(new_trainer(1.0), limits=limits):
+        await hub.broadcast(2, ledger="b" * 32, up="topk:0.05+float32", privacy=ASKED)
+        update = await hub.update()
+    assert _largest(update, hub) == 4
+
+
+async def test_a_record_that_is_gone_is_no_reason_to_train_without_noise(home, centre, new_trainer):
+    async with centre() as hub, home.running(new_trainer()):
+        await hub.broadcast(1, privacy=ASKED)
+        await hub.answer(await hub.update())
+    spending_file(home.folder, home.party).unlink()
+    train = new_trainer()
+    async with centre() as hub, home.running(train):
+        await hub.broadcast(2, ledger="b" * 32)
+        await home.counts("trainings_declined")
+    assert train.bases == []
