@@ -8,17 +8,17 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-import blake3
-
 from aggregator.merging.fold import State, Strategy
 from broker_fl.codecs.codec import decode, parse_codec
 from broker_fl.codecs.delta import Delta
 from broker_fl.errors import ConfigurationError, DecodeError
 from broker_fl.privacy.policy import Demands
+from broker_fl.signing import is_signed, payload_digest, update_statement
 from broker_fl.topology import Names
 from schemas import wire
 from schemas.ids import Digest, is_name
 from schemas.manifest import Manifest
+from schemas.membership import SignedMembership
 from schemas.receipt import Reason
 from schemas.update import ModelUpdate
 
@@ -36,6 +36,8 @@ class Limits:
     max_update_norm: float | None
     privacy: Demands | None = None
     """None where updates need no noise."""
+    signed_for: str | None = None
+    """The ledger that signed updates have to name; None where they need no signature."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,18 @@ class Sender:
 
     party: str
     update_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """By what else than the broker's word a sender is known."""
+
+    membership: SignedMembership | None = None
+    signature: object = None
+    """As it came with the message: anything."""
+
+
+ANONYMOUS = Credentials()
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +76,10 @@ class Examined:
     delta: Delta
     payload_digest: str
     """BLAKE3 of the payload, for the ledger."""
+    norm: float
+    """Of the delta, L2."""
+    signature: str | None = None
+    """The party's; None where none is asked for."""
 
 
 def identify(*, exchange: str, user_id: str | None, message_id: str, names: Names) -> Sender | Refused:
@@ -78,8 +96,8 @@ def identify(*, exchange: str, user_id: str | None, message_id: str, names: Name
     return Sender(party, message_id)
 
 
-def examine(body: bytes, sender: Sender, limits: Limits) -> Examined | Refused:
-    """All checks that need no state: size, schema, identity within, federation, manifest, codec, finiteness, norm."""
+def examine(body: bytes, sender: Sender, limits: Limits, credentials: Credentials = ANONYMOUS) -> Examined | Refused:
+    """All checks that need no state: size, schema, identity within, federation, manifest, signature, codec, finiteness, norm."""
     if len(body) > limits.max_update_bytes:
         return Refused("bounds", f"{len(body)} bytes are over this federation's {limits.max_update_bytes} for an update")
     try:
@@ -89,20 +107,40 @@ def examine(body: bytes, sender: Sender, limits: Limits) -> Examined | Refused:
     misaddressed = _misaddressed(update, sender, limits)
     if misaddressed:
         return misaddressed
-    found = _unprotected(update, limits) or _decoded(update, limits)
-    return replace(found, update=update) if isinstance(found, Refused) else found
+    digest = payload_digest(update.payload)
+    if limits.signed_for is not None:
+        unsigned = _unsigned(update, credentials, digest=digest, ledger=limits.signed_for)
+        if unsigned is not None:
+            return unsigned
+    found = _unprotected(update, limits) or _decoded(update, limits, digest=digest)
+    if isinstance(found, Refused):
+        return replace(found, update=update)
+    return found if limits.signed_for is None else replace(found, signature=str(credentials.signature))
 
 
-def _decoded(update: ModelUpdate, limits: Limits) -> Examined | Refused:
+def _unsigned(update: ModelUpdate, credentials: Credentials, *, digest: str, ledger: str) -> Refused | None:
+    """Not by its party, or not for this ledger. What such an update says cost nobody any privacy: it may be anyone's word."""
+    if credentials.membership is None:
+        return Refused(
+            "signature", f"party {update.party!r} is not in the federation's register: `broker-fl party add` enrols it"
+        )
+    key = credentials.membership.membership.public_key
+    if key is None:
+        return Refused("signature", f"party {update.party!r} was enrolled without a key: `broker-fl party rotate` gives it one")
+    if update.ledger != ledger:
+        return Refused("signature", f"was made for ledger {(update.ledger or 'none')[:12]}, not {ledger[:12]}")
+    if not is_signed("update", update_statement(update, payload_digest=digest), credentials.signature, by=key):
+        return Refused("signature", f"is not signed by the key {key[:12]} that party {update.party!r} was enrolled with")
+    return None
+
+
+def _decoded(update: ModelUpdate, limits: Limits, *, digest: str) -> Examined | Refused:
     try:
         delta = decode(update.payload, parse_codec(update.codec), manifest=limits.manifest)
     except (ConfigurationError, DecodeError) as exc:
         return Refused("codec", str(exc))
-    return _out_of_bounds(delta, limits) or Examined(update, delta, payload_digest(update.payload))
-
-
-def payload_digest(payload: bytes) -> str:
-    return blake3.blake3(payload).hexdigest()
+    norm = delta.norm()
+    return _out_of_bounds(delta, limits, norm=norm) or Examined(update, delta, digest, norm)
 
 
 def _misaddressed(update: ModelUpdate, sender: Sender, limits: Limits) -> Refused | None:
@@ -122,14 +160,14 @@ def _unprotected(update: ModelUpdate, limits: Limits) -> Refused | None:
     return None if shortfall is None else Refused("privacy", shortfall)
 
 
-def _out_of_bounds(delta: Delta, limits: Limits) -> Refused | None:
+def _out_of_bounds(delta: Delta, limits: Limits, *, norm: float) -> Refused | None:
     if not delta.is_finite():
         return Refused("non_finite", "holds NaN or infinity")
     largest = delta.largest()
     if largest > MAX_MAGNITUDE:
         return Refused("bounds", f"holds a value of magnitude {largest:.3g}: {MAX_MAGNITUDE:g} is the most")
-    if limits.max_update_norm is not None and delta.norm() > limits.max_update_norm:
-        return Refused("bounds", f"its norm {delta.norm():.4g} is over this federation's {limits.max_update_norm:g}")
+    if limits.max_update_norm is not None and norm > limits.max_update_norm:
+        return Refused("bounds", f"its norm {norm:.4g} is over this federation's {limits.max_update_norm:g}")
     return None
 
 

@@ -12,11 +12,21 @@ from typing import Protocol
 import numpy as np
 import structlog
 
-from aggregator.admission import Examined, Limits, Refused, RolledBack, Sender, admit, examine, payload_digest
+from aggregator.admission import Examined, Limits, Refused, RolledBack, Sender, admit, examine
 from aggregator.broadcast import BroadcastPlan, Held, exact_keyframe, has_passed, is_due, make_frame
 from aggregator.client_privacy import WARNING
-from aggregator.decisions import Arrival, Goal, PartBody, Verdict, accepted_entry, receipt_for, refused_entry
-from aggregator.ledger import Ledger
+from aggregator.decisions import (
+    Arrival,
+    Goal,
+    PartBody,
+    Verdict,
+    accepted_entry,
+    party_entry,
+    receipt_for,
+    refused_entry,
+    suspension_entry,
+)
+from aggregator.ledger import FEDERATION_KEY, Ledger
 from aggregator.merging.fold import Contribution, State, Strategy, remember_base
 from aggregator.merging.strategies import build_strategy
 from aggregator.party_spending import PartySpending
@@ -24,11 +34,13 @@ from aggregator.records import Entry, FrameRow, Lead, SnapshotRow
 from aggregator.recovery import recover, recover_held
 from aggregator.snapshots import Snapshots, Stored, epoch_of
 from aggregator.spool import Spool
-from broker_fl.config import MergingSettings
+from aggregator.trust import REMEMBERED_ENTRIES, Judgement, Trust, signed_membership_of
+from broker_fl.config import MergingSettings, TrustSettings
 from broker_fl.errors import ConfigurationError, DamagedError, ManifestMismatchError
 from broker_fl.failpoints import reach
 from broker_fl.parameters import Vector, digest, fingerprint
-from schemas.update import ModelUpdate
+from broker_fl.signing import payload_digest
+from schemas.membership import SignedMembership
 
 log = structlog.get_logger(__name__)
 
@@ -53,6 +65,10 @@ class Rules:
     goal: Goal
     snapshot_every_versions: int
     parts_expire_s: float
+    trust: TrustSettings | None = None
+    """None: all parties alike, whatever they send."""
+    federation_key: str | None = None
+    """The public key that frames and memberships are signed by; None where none are."""
 
 
 class Coordinator:
@@ -76,6 +92,7 @@ class Coordinator:
         self._frame_digests: dict[int, str] = {}
         self._rolled_back: list[RolledBack] = []
         self._privacy: PartySpending | None = None
+        self._trust: Trust | None = None
         self._buffer_since: float | None = None
         self._expired_at = self._looked_at = 0.0
         self.counts: Counter[str] = Counter()
@@ -95,9 +112,13 @@ class Coordinator:
             self._begin(initial)
         else:
             self._recover()
+            if FEDERATION_KEY not in facts and self._rules.federation_key is not None:
+                with self._ledger.transaction():
+                    self._pin_key()
         self._rolled_back = [RolledBack(entry.base_version or 0, entry.version) for entry in self._ledger.entries_of("rollback")]
         demands = self._rules.limits.privacy
         self._privacy = None if demands is None else PartySpending(demands, self._ledger.spent_by_party())
+        self._trust = self._remembered_trust()
         oldest = self._state.version - self._strategy.max_staleness
         self._frame_digests = {frame.version: frame.digest for frame in self._ledger.frames_from(oldest)}
         self._buffer_since = self._clock() if self._state.buffer is not None else None
@@ -125,6 +146,17 @@ class Coordinator:
         self._snapshot_version, self._snapshot_seq = recovered.snapshot_version, recovered.snapshot_seq
         if recovered.merging != self._rules.merging:
             self._change_strategy(recovered.merging)
+
+    def _remembered_trust(self) -> Trust | None:
+        if self._rules.trust is None:
+            return None
+        trust = Trust(self._rules.trust, size=self._plan.manifest.size)
+        lasting = self._ledger.entries_of("party") + self._ledger.entries_of("suspension")
+        after = max(0, self._seq - REMEMBERED_ENTRIES)
+        trust.remember(sorted((entry for entry in lasting if entry.seq <= after), key=lambda entry: entry.seq))
+        recent = {entry.seq: entry for entry in lasting if entry.seq > after}
+        trust.remember(recent.get(entry.seq, entry) for entry in self._ledger.entries_without_payloads(after=after))
+        return trust
 
     def _sweep(self, ledger_id: str) -> None:
         """Snapshots that were written under earlier leaders and that the ledger does not name: nobody can name them any more."""
@@ -155,6 +187,15 @@ class Coordinator:
         """Those who ever sent an update."""
         return self._ledger.parties()
 
+    def members(self) -> list[SignedMembership]:
+        """What the ledger knows of parties, each with its newest revision."""
+        newest = {entry.party: entry for entry in self._ledger.entries_of("party")}
+        return [signed_membership_of(entry) for entry in newest.values()]
+
+    def shut_out(self) -> dict[str, str]:
+        """The parties that this ledger suspended and no operator took back, and why."""
+        return {} if self._trust is None else self._trust.shut_out()
+
     def close(self) -> None:
         # Never over the snapshot that the ledger names: its bytes would differ, and a crash in between would part the two.
         changed = self._state.version != self._snapshot_version or self._state.buffer is not None
@@ -171,9 +212,14 @@ class Coordinator:
             self._ledger.set_fact("federation", self._plan.federation)
             self._ledger.set_fact("manifest", self._plan.manifest.digest)
             self._ledger.set_fact("layout", self._plan.manifest.model_dump_json())
+            self._pin_key()
             self._append_strategy()
             self._ledger.add_snapshot(SnapshotRow(self._seq, 0, stored.file, stored.sha256, self._clock()))
         self._snapshot_seq = self._seq
+
+    def _pin_key(self) -> None:
+        if self._rules.federation_key is not None:
+            self._ledger.set_fact(FEDERATION_KEY, self._rules.federation_key)
 
     def _append_strategy(self) -> None:
         self._seq += 1
@@ -200,6 +246,12 @@ class Coordinator:
             raise ConfigurationError(
                 f"{self._ledger.name} is the ledger of federation {facts['federation']!r}, not {self._plan.federation!r}: "
                 "name another state folder"
+            )
+        pinned, own = facts.get(FEDERATION_KEY), self._rules.federation_key
+        if None not in (pinned, own) and pinned != own:
+            raise ConfigurationError(
+                f"{self._ledger.name} belongs to the federation's key {str(pinned)[:12]}, not {str(own)[:12]}: its parties would "
+                "follow nothing that this key signs; name the right file by [security] key"
             )
         if facts["manifest"] != self._plan.manifest.digest:
             raise ManifestMismatchError(
@@ -245,11 +297,10 @@ class Coordinator:
             for arrival in arrivals:
                 if self.is_over or self.goal_reached():
                     break
-                verdict, entry = self._decide_one(arrival, decided)
+                verdict, made = self._decide_one(arrival, decided)
                 verdicts.append(verdict)
-                if entry is not None:
-                    entries.append(entry)
-                    decided[entry.party or "", entry.update_id or ""] = entry
+                entries.extend(made)
+                decided.update({(entry.party or "", entry.update_id or ""): entry for entry in made if entry.kind == "update"})
             self._ledger.append(entries)
             self._frame_if_due()
             reach("aggregator.decided")
@@ -329,24 +380,72 @@ class Coordinator:
     def model_digest(self) -> str:
         return digest(self._state.model)
 
-    def _decide_one(self, arrival: Arrival, decided: _Decided) -> tuple[Verdict, Entry | None]:
+    def _decide_one(self, arrival: Arrival, decided: _Decided) -> tuple[Verdict, list[Entry]]:
+        """The entries that it makes: what is known of the party now, the decision, and the party's suspension, as far as there
+        are any."""
         sender, content, size = arrival.sender, arrival.content, arrival.size
         if sender is None:
             self.counts["refused"] += 1
-            return Verdict(refused=content if isinstance(content, Refused) else None, size=size), None
+            return Verdict(refused=content if isinstance(content, Refused) else None, size=size), []
         known = decided.get((sender.party, sender.update_id))
         if known is not None:
-            return self._duplicate(known, sender, size), None
+            return self._duplicate(known, sender, size), []
+        enrolled = self._enrolled(arrival.credentials.membership)
+        if self._trust is not None and (why := self._trust.suspended(sender.party)) is not None:
+            # One entry says that the party is shut out; one for each message would let it fill the disk.
+            self.counts["dropped"] += 1
+            return Verdict(refused=Refused("suspended", why), size=size, party=sender.party), enrolled
         if isinstance(content, PartBody):
             whole = self._spool.take(sender, content, now=self._clock())
             if whole is None:
-                return Verdict(), None
+                return Verdict(), enrolled
             size = content.place.size
-            content = examine(whole, sender, self._rules.limits) if isinstance(whole, bytes) else whole
+            content = examine(whole, sender, self._rules.limits, arrival.credentials) if isinstance(whole, bytes) else whole
         epsilon = None if self._privacy is None or content.update is None else self._privacy.add(content.update)
+        verdict, entry = self._settle(sender, content, size)
+        suspension = self._weigh(entry)
+        return replace(verdict, epsilon=epsilon, suspends=bool(suspension)), [*enrolled, entry, *suspension]
+
+    def _enrolled(self, signed: SignedMembership | None) -> list[Entry]:
+        """What the ledger did not know yet of a party."""
+        if signed is None or self._trust is None:
+            return []
+        known = self._trust.member(signed.membership.party)
+        if known is not None and known.revision >= signed.membership.revision:
+            return []
+        self._seq += 1
+        entry = party_entry(self._seq, signed, at=self._clock(), version=self._state.version)
+        self._trust.remember([entry])
+        return [replace(entry, model_digest=self._model_digest)]
+
+    def _weigh(self, entry: Entry) -> list[Entry]:
+        """What a decision says of its party, and the suspension that it ends in."""
+        if self._trust is None:
+            return []
+        self._trust.remember([entry])
+        party = entry.party or ""
+        score = self._trust.below_threshold(party)
+        if score is None:
+            return []
+        member = self._trust.member(party)
+        detail = f"its score fell to {score:.2f}; the last update was refused: {entry.reason}, {entry.detail}"
+        self._seq += 1
+        suspension = suspension_entry(
+            self._seq,
+            party,
+            revision=0 if member is None else member.revision,
+            detail=detail[:1000],
+            at=self._clock(),
+            version=self._state.version,
+        )
+        self._trust.remember([suspension])
+        self.counts["suspended"] += 1
+        log.error("party suspended", party=party, reason=detail)
+        return [replace(suspension, model_digest=self._model_digest)]
+
+    def _settle(self, sender: Sender, content: Examined | Refused, size: int) -> tuple[Verdict, Entry]:
         if isinstance(content, Refused):
-            verdict, entry = self._refuse(sender, content, size)
-            return replace(verdict, epsilon=epsilon), entry
+            return self._refuse(sender, content, size)
         refused = admit(
             content,
             self._state,
@@ -356,36 +455,44 @@ class Coordinator:
         )
         if refused is None and self._privacy is not None:
             refused = self._privacy.overspent(content.update.party)
-        verdict, entry = self._merge(content, size) if refused is None else self._refuse(sender, refused, size, content.update)
-        return replace(verdict, epsilon=epsilon), entry
+        if refused is not None:
+            return self._refuse(sender, refused, size, content)
+        judgement = Judgement() if self._trust is None else self._trust.judge(content)
+        if isinstance(judgement, Refused):
+            return self._refuse(sender, judgement, size, content)
+        return self._merge(content, judgement, size)
 
     def _duplicate(self, known: Entry, sender: Sender, size: int) -> Verdict:
         """Decided before: the same receipt again, and nothing else. A sender in doubt sends again, so it is no fault."""
         self._spool.drop(sender)
         self.counts["duplicate"] += 1
         receipt = receipt_for(known, federation=self._plan.federation)
-        refused = None if receipt.reason is None else Refused(receipt.reason, receipt.detail)
+        refused = Refused(receipt.reason, receipt.detail) if receipt.outcome == "refused" and receipt.reason else None
         return Verdict(receipt, refused, is_duplicate=True, codec=known.codec or "", size=size)
 
-    def _refuse(self, sender: Sender, refused: Refused, size: int, update: ModelUpdate | None = None) -> tuple[Verdict, Entry]:
+    def _refuse(self, sender: Sender, refused: Refused, size: int, examined: Examined | None = None) -> tuple[Verdict, Entry]:
         self.counts["refused"] += 1
         self._seq += 1
-        entry = refused_entry(self._seq, sender, refused, at=self._clock(), version=self._state.version, size=size, update=update)
+        entry = refused_entry(
+            self._seq, sender, refused, at=self._clock(), version=self._state.version, size=size, examined=examined
+        )
         entry = replace(entry, model_digest=self._model_digest)
         receipt = receipt_for(entry, federation=self._plan.federation)
         return Verdict(receipt, refused, codec=entry.codec or "", size=size), entry
 
-    def _merge(self, examined: Examined, size: int) -> tuple[Verdict, Entry]:
-        update = examined.update
-        contribution = Contribution(update.party, examined.delta, update.base_version, update.num_samples)
+    def _merge(self, examined: Examined, judgement: Judgement, size: int) -> tuple[Verdict, Entry]:
+        update, factor = examined.update, judgement.factor
+        contribution = Contribution(update.party, examined.delta, update.base_version, update.num_samples, factor)
         self._state, outcome = self._strategy.apply(self._state, contribution)
         if outcome.kind == "merged":
             self._model_digest = fingerprint(self._state.model)
+        if self._trust is not None:
+            self._trust.merged(examined, judgement)
         now = self._clock()
         self._buffer_since = None if self._state.buffer is None else (self._buffer_since or now)
         self.counts[outcome.kind] += 1
         self._seq += 1
-        entry = accepted_entry(self._seq, examined, outcome, at=now, version=self._state.version, size=size)
+        entry = accepted_entry(self._seq, examined, judgement, outcome, at=now, version=self._state.version, size=size)
         entry = replace(entry, model_digest=self._model_digest)
         return Verdict(receipt_for(entry, federation=self._plan.federation), codec=update.codec, size=size), entry
 

@@ -4,10 +4,13 @@ import json
 from dataclasses import dataclass
 from typing import TypedDict
 
-from aggregator.admission import Examined, Refused, Sender
+from aggregator.admission import ANONYMOUS, Credentials, Examined, Refused, Sender
 from aggregator.merging.fold import Outcome
 from aggregator.records import Entry
+from aggregator.trust import Judgement
+from broker_fl.signing import payload_digest
 from broker_fl.transports.parts import Part
+from schemas.membership import SignedMembership
 from schemas.receipt import Receipt
 from schemas.update import ModelUpdate
 
@@ -26,11 +29,13 @@ class Arrival:
     """None where the broker's word for who sent it is missing."""
     content: Examined | Refused | PartBody
     size: int
+    credentials: Credentials = ANONYMOUS
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What became of an arrival: a receipt for the party, and why it was refused; neither for a part that was put by."""
+    """What became of an arrival: a receipt for the party, and why it was refused; neither for a part that was put by, and no
+    receipt for what was dropped unseen."""
 
     receipt: Receipt | None = None
     refused: Refused | None = None
@@ -39,6 +44,10 @@ class Verdict:
     size: int = 0
     epsilon: float | None = None
     """What the party has spent by now; None without differential privacy."""
+    party: str | None = None
+    """Where it was dropped without a receipt."""
+    suspends: bool = False
+    """The party, from now on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +83,9 @@ def cost_of(update: ModelUpdate) -> Cost:
     )
 
 
-def accepted_entry(seq: int, examined: Examined, outcome: Outcome, *, at: float, version: int, size: int) -> Entry:
+def accepted_entry(
+    seq: int, examined: Examined, judgement: Judgement, outcome: Outcome, *, at: float, version: int, size: int
+) -> Entry:
     update = examined.update
     return Entry(
         seq=seq,
@@ -85,26 +96,34 @@ def accepted_entry(seq: int, examined: Examined, outcome: Outcome, *, at: float,
         update_id=update.update_id,
         sequence=update.sequence,
         base_version=update.base_version,
+        base_digest=update.base_digest,
         num_samples=update.num_samples,
         **cost_of(update),
         train_loss=update.train_loss,
         codec=update.codec,
         size=size,
         outcome=outcome.kind,
+        reason=judgement.reason,
+        detail=judgement.detail or None,
         staleness=outcome.staleness,
         weight=outcome.weight,
+        factor=judgement.factor,
+        norm=examined.norm,
+        cosine=judgement.cosine,
+        signature=examined.signature,
         payload_digest=examined.payload_digest,
         payload=update.payload,
     )
 
 
 def refused_entry(
-    seq: int, sender: Sender, refused: Refused, *, at: float, version: int, size: int, update: ModelUpdate | None
+    seq: int, sender: Sender, refused: Refused, *, at: float, version: int, size: int, examined: Examined | None
 ) -> Entry:
-    """Without the payload: it is in quarantine. `update` is None where it was not looked at for its own sake.
+    """Without the payload: it is in quarantine. `examined` is None where it was not looked at for its own sake.
 
     What it cost its party is written down wherever that could be read: it was sent.
     """
+    update = None if examined is None else examined.update
     sent = update or refused.update
     return Entry(
         seq=seq,
@@ -115,6 +134,9 @@ def refused_entry(
         update_id=sender.update_id,
         sequence=update.sequence if update else None,
         base_version=update.base_version if update else None,
+        base_digest=update.base_digest if update else None,
+        num_samples=update.num_samples if update else None,
+        train_loss=update.train_loss if update else None,
         **(cost_of(sent) if sent else {}),
         codec=update.codec if update else None,
         size=size,
@@ -123,7 +145,30 @@ def refused_entry(
         detail=refused.detail[:1000].replace("\0", "\ufffd"),  # PostgreSQL keeps no text with NUL.
         staleness=max(0, version - update.base_version) if update else 0,
         weight=0.0,
+        norm=examined.norm if examined else None,
+        signature=examined.signature if examined else None,
+        payload_digest=examined.payload_digest if examined else None,
     )
+
+
+def party_entry(seq: int, signed: SignedMembership, *, at: float, version: int) -> Entry:
+    """What the federation's register says of a party, from the first update on that is decided by it."""
+    content = signed.model_dump_json().encode()
+    member = signed.membership
+    return Entry(
+        seq,
+        "party",
+        at,
+        version,
+        party=member.party,
+        sequence=member.revision,
+        payload=content,
+        payload_digest=payload_digest(content),
+    )
+
+
+def suspension_entry(seq: int, party: str, *, revision: int, detail: str, at: float, version: int) -> Entry:
+    return Entry(seq, "suspension", at, version, party=party, sequence=revision, detail=detail)
 
 
 def receipt_for(entry: Entry, *, federation: str) -> Receipt:

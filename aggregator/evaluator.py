@@ -10,7 +10,7 @@ from typing import Protocol
 
 import structlog
 
-from broker_fl.errors import BrokerUnavailableError, NotFoundError, PublishTimeoutError, first_of
+from broker_fl.errors import BrokerUnavailableError, NotFoundError, PublishTimeoutError, UntrustedBrokerError, first_of
 from broker_fl.parameters import Vector
 from broker_fl.topology import Names
 from broker_fl.transports.following import Follower, ReceivedModel
@@ -37,6 +37,12 @@ class Evaluate(Protocol):
     def __call__(self, model: Vector) -> Score: ...
 
 
+class Observer(Protocol):
+    """Who counts; called on the event loop."""
+
+    def evaluated(self, version: int, score: Score, *, seconds: float) -> None: ...
+
+
 class Evaluator:
     """Runs until the last model is evaluated or `stop` is called."""
 
@@ -48,14 +54,19 @@ class Evaluator:
         federation: str,
         manifest: Manifest,
         initial: Vector,
+        federation_key: str | None = None,
         clock: Callable[[], float],
+        observer: Observer | None = None,
     ) -> None:
-        """`initial` is the model that the task's seed draws."""
+        """Frames that `federation_key` did not sign are left out. `initial` is the model that the task's seed draws."""
         self._connect = connect
         self._evaluate = evaluate
         self._names = Names(federation)
-        self._follower = Follower(federation=federation, manifest=manifest, initial=initial, name="evaluator")
+        self._follower = Follower(
+            federation=federation, manifest=manifest, initial=initial, name="evaluator", federation_key=federation_key
+        )
         self._clock = clock
+        self._observer = observer
         self._newest: ReceivedModel | None = None
         self._changed = asyncio.Event()
         self._told: tuple[str, int, bool] | None = None
@@ -69,14 +80,15 @@ class Evaluator:
     async def run(self) -> None:
         """A broker that is away is waited for.
 
-        Raises ManifestMismatchError, AuthenticationError, and NotFoundError where no aggregator has been yet.
+        Raises ManifestMismatchError, AuthenticationError, and at the start UntrustedBrokerError and NotFoundError (no aggregator
+        has been yet).
         """
         backoff = Backoff()
         while not self._ended.is_set():
             try:
                 async with self._connect(f"evaluator:{self._names.federation}") as transport:
                     await self._session(transport, backoff)
-            except* NotFoundError as missing:
+            except* (NotFoundError, UntrustedBrokerError) as missing:
                 if not self._was_up:
                     raise
                 # A broker that starts again may not know its vhost or queues for a while.
@@ -131,7 +143,10 @@ class Evaluator:
                 continue
             began = self._clock()
             score = await asyncio.to_thread(self._evaluate, received.model)
-            await self._report(transport, received, score, seconds=self._clock() - began)
+            seconds = self._clock() - began
+            if self._observer is not None:
+                self._observer.evaluated(received.version, score, seconds=seconds)
+            await self._report(transport, received, score, seconds=seconds)
             # Only now: a score that was lost with the broker is told after the next connection.
             self._told = (received.ledger, received.number, received.over)
             if received.over:

@@ -41,6 +41,8 @@ from broker_fl.errors import DamagedError, FencedError, StorageInUseError
 
 LEAD_ROW = 1
 NOISE_KEY = "noise_key"
+FEDERATION_KEY = "federation_key"
+"""The public key that frames and memberships are signed by."""
 _WITHOUT_PAYLOAD = [column for column in ENTRIES.c if column.name != "payload"]
 _READ_ENTRIES = 256
 _READ_BYTES = 32 << 20
@@ -204,9 +206,9 @@ class Ledger:
             yield from (Entry(**row) for row in rows)
             seq = last
 
-    def entries_without_payloads(self) -> Iterator[Entry]:
-        """All, in order, some at a time."""
-        seq = 0
+    def entries_without_payloads(self, *, after: int = 0) -> Iterator[Entry]:
+        """Of those after this one, in order, some at a time."""
+        seq = after
         while True:
             query = select(*_WITHOUT_PAYLOAD).where(ENTRIES.c.seq > seq).order_by(ENTRIES.c.seq).limit(_READ_ENTRIES)
             with self._reading():
@@ -242,7 +244,8 @@ class Ledger:
         return spent
 
     def entries_of(self, kind: str) -> list[Entry]:
-        """In order: `merging` say by which settings the ones after them were merged, `rollback` which versions count no more."""
+        """In order, with payloads: `merging` say by which settings the ones after them were merged, `rollback` which versions
+        count no more, `party` what is known of parties, `suspension` whom this ledger shut out."""
         query = select(ENTRIES).where(ENTRIES.c.kind == kind).order_by(ENTRIES.c.seq)
         with self._reading():
             return [Entry(**row) for row in self._connection.execute(query).mappings()]
@@ -269,7 +272,7 @@ class Ledger:
 
     def parties(self) -> list[str]:
         """Those who ever sent an update, in alphabetical order."""
-        query = select(ENTRIES.c.party).where(ENTRIES.c.party.is_not(None)).distinct().order_by(ENTRIES.c.party)
+        query = select(ENTRIES.c.party).where(ENTRIES.c.kind == "update").distinct().order_by(ENTRIES.c.party)
         with self._reading():
             return list(self._connection.execute(query).scalars())
 

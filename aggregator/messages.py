@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from aggregator.admission import Refused
 from aggregator.decisions import Verdict
 from aggregator.records import FrameRow
+from broker_fl.signing import SIGNATURE, Kind, SigningKey, body_statement
 from broker_fl.topology import Names
 from broker_fl.transports.parts import PART, PARTS
 from broker_fl.transports.transport import Delivery, Header, Message
@@ -16,8 +17,8 @@ LEDGER = "x-fl-ledger"
 """The header of a frame that says whose it is."""
 
 
-def frame_messages(names: Names, frame: FrameRow, *, ledger_id: str) -> Iterator[Message]:
-    """First the keyframe, where there is one: whoever reads the frame may ask for it."""
+def frame_messages(names: Names, frame: FrameRow, *, ledger_id: str, key: SigningKey | None = None) -> Iterator[Message]:
+    """First the keyframe, where there is one: whoever reads the frame may ask for it. Signed where there is a key."""
     common: dict[str, Header] = {
         LEDGER: ledger_id,
         "x-fl-version": frame.version,
@@ -29,21 +30,31 @@ def frame_messages(names: Names, frame: FrameRow, *, ledger_id: str) -> Iterator
     if frame.keyframe is not None:
         codec = frame.keyframe_codec or ""
         headers = {**common, "x-fl-kind": "keyframe", "x-fl-codec": codec, "x-fl-bytes": len(frame.keyframe)}
+        headers |= _signature("frame", frame.keyframe, key)
         yield Message(names.keyframes, frame.keyframe, "", message_id, headers)
     headers = {**common, "x-fl-kind": kind_of(frame), "x-fl-codec": frame.codec, "x-fl-bytes": frame.size}
     if frame.base is not None:
         headers["x-fl-base"] = frame.base
-    yield Message(names.model, frame.body or b"", "", message_id, headers)
+    body = frame.body or b""
+    yield Message(names.model, body, "", message_id, headers | _signature("frame", body, key))
 
 
-def receipt_message(names: Names, receipt: Receipt) -> Message:
+def _signature(kind: Kind, body: bytes, key: SigningKey | None) -> dict[str, Header]:
+    return {} if key is None else {SIGNATURE: key.sign(kind, body_statement(body))}
+
+
+def receipt_message(names: Names, receipt: Receipt, *, key: SigningKey | None = None) -> Message:
     headers: dict[str, Header] = {
         "x-fl-outcome": receipt.outcome,
         "x-fl-version": receipt.version,
+        "x-fl-staleness": receipt.staleness,
         "x-fl-codec": receipt.codec,
         "x-fl-bytes": receipt.bytes,
     }
+    if receipt.reason is not None:
+        headers["x-fl-reason"] = receipt.reason
     body = wire.encode(receipt)
+    headers |= _signature("receipt", body, key)
     return Message(names.receipts, body, routing_key=receipt.party, message_id=receipt.update_id, headers=headers)
 
 
@@ -59,18 +70,18 @@ def update_facts(verdicts: Sequence[Verdict]) -> tuple[UpdateFacts, ...]:
 def _facts(verdict: Verdict) -> UpdateFacts:
     receipt, refused = verdict.receipt, verdict.refused
     return UpdateFacts(
-        party=receipt.party if receipt else None,
+        party=receipt.party if receipt else verdict.party,
         outcome="duplicate" if verdict.is_duplicate else receipt.outcome if receipt else "refused",
         staleness=receipt.staleness if receipt else 0,
         weight=receipt.weight if receipt else 0.0,
         bytes=verdict.size,
         codec=verdict.codec,
-        reason=refused.reason if refused else None,
+        reason=refused.reason if refused else receipt.reason if receipt else None,
         epsilon=verdict.epsilon,
     )
 
 
-_KEPT_HEADERS = ("x-fl-party", "x-fl-sequence", "x-fl-base-version", "x-fl-codec", "x-fl-bytes", PART, PARTS)
+_KEPT_HEADERS = ("x-fl-party", "x-fl-sequence", "x-fl-base-version", "x-fl-codec", "x-fl-bytes", SIGNATURE, PART, PARTS)
 _HEADER_LENGTH = 200
 
 

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 from sqlalchemy import BigInteger, Boolean, Column, Float, Integer, LargeBinary, MetaData, String, Table, UniqueConstraint
 
-FORMAT = "4"
+FORMAT = "5"
 """Of the tables. Format 1 kept whole models as frames, from which no chain of changes can be made; format 2 had no hash chain;
-format 3 did not say what an update cost its party's privacy."""
+format 3 did not say what an update cost its party's privacy; format 4 had no signatures."""
 
 TABLES = MetaData()
 _Counter = BigInteger().with_variant(Integer, "sqlite")
@@ -17,13 +17,14 @@ ENTRIES = Table(
     "entries",
     TABLES,
     Column("seq", _Counter, primary_key=True),
-    Column("kind", String(16), nullable=False),  # update | flush | merging | rollback
+    Column("kind", String(16), nullable=False),  # update | flush | merging | rollback | party | suspension
     Column("at", Float, nullable=False),
     Column("version", _Counter, nullable=False),  # of the model after this entry
     Column("party", String(64)),
     Column("update_id", String(32)),
-    Column("sequence", _Counter),
+    Column("sequence", _Counter),  # of the party's updates; of a party or its suspension, the membership's revision
     Column("base_version", _Counter),  # what an update was trained from, or a rollback goes back to
+    Column("base_digest", String(64)),  # of the frame that it was trained from, by its party's word
     Column("num_samples", _Counter),
     Column("num_steps", _Counter),
     Column("noise_multiplier", Float),  # this and the next: of an update that was noised, by its party's word
@@ -36,10 +37,14 @@ ENTRIES = Table(
     Column("detail", String(1000)),
     Column("staleness", _Counter),
     Column("weight", Float),
+    Column("factor", Float),  # the share of the weight that trust left
+    Column("norm", Float),  # of the delta, and its cosine to where the model went
+    Column("cosine", Float),
+    Column("signature", String(128)),  # of the party, over what broker_fl/signing.py makes of this entry
     Column("payload_digest", String(64)),
     Column("model_digest", String(64), nullable=False),  # of the model after this entry
     Column("chain", String(64), nullable=False),  # binds this entry and all before it; see chain.py
-    Column("payload", LargeBinary),  # of what was merged or buffered, until compaction; settings in JSON for kind = merging
+    Column("payload", LargeBinary),  # of what was merged or buffered, until compaction; JSON for merging and party
     UniqueConstraint("party", "update_id"),
 )
 
@@ -121,6 +126,7 @@ class Entry:
     update_id: str | None = None
     sequence: int | None = None
     base_version: int | None = None
+    base_digest: str | None = None
     num_samples: int | None = None
     num_steps: int | None = None
     noise_multiplier: float | None = None
@@ -133,6 +139,10 @@ class Entry:
     detail: str | None = None
     staleness: int | None = None
     weight: float | None = None
+    factor: float | None = None
+    norm: float | None = None
+    cosine: float | None = None
+    signature: str | None = None
     payload_digest: str | None = None
     model_digest: str = ""
     chain: str = ""

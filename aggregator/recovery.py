@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import structlog
 
-from aggregator.admission import payload_digest
 from aggregator.broadcast import Held
 from aggregator.chain import link
 from aggregator.frames import Bases, BroadcastBases, OwnBases, changed_by, open_whole
@@ -20,6 +19,7 @@ from broker_fl.codecs.delta import Delta
 from broker_fl.config import MergingSettings
 from broker_fl.errors import BrokerFLError, DamagedError
 from broker_fl.parameters import Vector, digest, fingerprint
+from broker_fl.signing import payload_digest
 from schemas.manifest import Manifest
 
 log = structlog.get_logger(__name__)
@@ -247,7 +247,8 @@ def _apply(strategy: Strategy, state: State, entry: Entry, manifest: Manifest, l
     if entry.codec is None or entry.base_version is None or entry.party is None:
         raise DamagedError(f"{ledger.name}: entry {entry.seq} lacks what was merged; restore it from a backup")
     delta = _nothing(manifest) if is_void else _delta(entry, manifest, ledger)
-    contribution = Contribution(entry.party, delta, entry.base_version, entry.num_samples or 1, is_void=is_void)
+    factor = 1.0 if entry.factor is None else entry.factor
+    contribution = Contribution(entry.party, delta, entry.base_version, entry.num_samples or 1, factor=factor, is_void=is_void)
     state, outcome = strategy.apply(state, contribution)
     recorded = (entry.outcome, entry.staleness, entry.weight)
     if recorded != (outcome.kind, outcome.staleness, outcome.weight):

@@ -6,23 +6,27 @@ everything about the ledger and the model runs in one thread of its own.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from time import monotonic
 from typing import TypeVar
 
 import structlog
 
-from aggregator.admission import Limits, Refused, examine, identify
+from aggregator.admission import Limits
 from aggregator.broadcast import announcement
 from aggregator.coordinator import Clock, Coordinator
-from aggregator.decisions import Arrival, PartBody, Verdict
+from aggregator.decisions import Arrival, Verdict
+from aggregator.gate import Gate
 from aggregator.leadership import Candidate, candidacy
 from aggregator.messages import LEDGER, frame_messages, kind_of, quarantined, receipt_message, update_facts
+from aggregator.observer import Observer, Unobserved, waited_s
+from aggregator.reception import Reception
 from aggregator.records import FrameRow
+from aggregator.register import Members, Register
 from broker_fl.errors import (
-    BrokerError,
     BrokerUnavailableError,
     DecodeError,
     FencedError,
@@ -36,8 +40,9 @@ from broker_fl.errors import (
     first_of,
 )
 from broker_fl.failpoints import reach
+from broker_fl.signing import SigningKey
 from broker_fl.topology import Binding, Names, Topology
-from broker_fl.transports.parts import PART, part_of, split
+from broker_fl.transports.parts import PART, split
 from broker_fl.transports.retry import Backoff
 from broker_fl.transports.transport import Connect, Delivery, Message, Subscription, Transport
 from schemas import wire
@@ -59,6 +64,9 @@ _LOOK_FOR_LOGS_S = 5.0
 
 _OPERATOR_AT_MOST_S = 30.0
 _LOOK_FOR_OPERATOR_S = 0.05
+
+_SHUT_OUT_AGAIN_S = 10.0
+_EVENT_TEXT = 300
 
 _FENCED_AT_MOST = 5
 _FENCED_WITHIN_S = 60.0
@@ -90,13 +98,14 @@ class Decision:
     deliveries: list[Delivery]
     verdicts: list[Verdict]
     """Of the first so many deliveries; the others were not decided."""
+    updates: tuple[UpdateFacts, ...]
 
 
 class Aggregator:
     """Runs until the federation is over, `seconds` have passed, or `stop` is called.
 
-    `on_lead` is called when it begins to lead; `enrolled` asks the broker for the names of all parties, and may raise
-    BrokerError.
+    `on_lead` is called when it begins to lead; `register` says who is enrolled; `key` signs frames and receipts; `gate` bounds
+    what one party may send. Without them nobody is asked, nothing is signed, and anything goes.
     """
 
     def __init__(
@@ -110,7 +119,10 @@ class Aggregator:
         clock: Clock,
         seconds: float | None = None,
         on_lead: Callable[[], None] = lambda: None,
-        enrolled: Callable[[], Awaitable[Sequence[str]]] | None = None,
+        register: Register | None = None,
+        key: SigningKey | None = None,
+        gate: Gate | None = None,
+        observer: Observer | None = None,
     ) -> None:
         self._connect = connect
         self._coordinator = coordinator
@@ -121,7 +133,11 @@ class Aggregator:
         self._clock = clock
         self._seconds = seconds
         self._on_lead = on_lead
-        self._enrolled = enrolled
+        self._members = Members(register)
+        self._key = key
+        self._suspends = asyncio.Event()
+        self._told_suspended: set[str] = set()
+        self._observer: Observer = observer or Unobserved()
         self._winding_down = asyncio.Event()
         self._stopped = asyncio.Event()
         self._frame_waits = asyncio.Event()
@@ -131,6 +147,8 @@ class Aggregator:
         self._fenced_at: list[float] = []
         self._ledger_thread = ThreadPoolExecutor(1, thread_name_prefix="ledger")
         self._decoders = ThreadPoolExecutor(2, thread_name_prefix="decode")
+        gate = gate or Gate(per_minute=0, part_bytes=pace.part_bytes, max_update_bytes=limits.max_update_bytes)
+        self._reception = Reception(limits, self._members, gate, self._decoders)
 
     def stop(self) -> None:
         """Cleanly: what was decided is answered, now or after the next start; what was not stays in the queue."""
@@ -176,7 +194,8 @@ class Aggregator:
                     if self._is_elected:
                         await self._begin_to_lead(open_state)
                         ledger_backoff.reset()
-                        await self._session(transport, candidate)
+                        with self._observed_lead():
+                            await self._session(transport, candidate)
                         # Before the lead is given up: whoever takes it finds all that we have.
                         await self._close()
                     is_done = True
@@ -266,10 +285,21 @@ class Aggregator:
             await self._in_ledger(open_state)
             self._is_open = True
         self._has_led.set()
+        self._members.learn(await self._in_ledger(self._coordinator.members))
+        self._suspends.set()
         if not self._coordinator.is_over:
             self._on_lead()
         if self._coordinator.goal_reached():
             await self._finish()
+
+    @contextmanager
+    def _observed_lead(self) -> Iterator[None]:
+        self._observer.leads(True)
+        self._observer.has_version(self._coordinator.version)
+        try:
+            yield
+        finally:
+            self._observer.leads(False)
 
     async def _let_operator_finish(self) -> None:
         """One who was killed in the middle is not waited for for ever: nothing of a command counts before its one commit."""
@@ -289,8 +319,15 @@ class Aggregator:
             return
         async with asyncio.TaskGroup() as group:
             group.create_task(self._publish_frames(transport))
-            beside = (self._watch_accuracy(transport), self._tick(), candidate.keep(), self._bind_parties(transport))
-            others = [group.create_task(service) for service in (*beside, self._watch_logs(transport))]
+            beside = (
+                self._watch_accuracy(transport),
+                self._tick(),
+                candidate.keep(),
+                self._watch_parties(transport),
+                self._watch_logs(transport),
+                self._shut_parties_out(transport),
+            )
+            others = [group.create_task(service) for service in beside]
             await self._merge_updates(transport)
             for task in others:
                 task.cancel()
@@ -312,6 +349,28 @@ class Aggregator:
             for log_name in (self._names.model_log, self._names.keyframe_log):
                 if not await transport.has_queue(log_name):
                     raise NotFoundError(f"somebody deleted {log_name}")
+
+    async def _watch_parties(self, transport: Transport) -> None:
+        await self._members.refresh()
+        await self._bind_parties(transport)
+        await self._members.refresh_for_ever()
+
+    async def _shut_parties_out(self, transport: Transport) -> None:
+        """What the ledger decided about parties, done on the broker too; until it is, it is tried again."""
+        while True:
+            self._suspends.clear()
+            suspended = await self._in_ledger(self._coordinator.shut_out)
+            self._reception.shut_out(suspended)
+            for party, reason in suspended.items():
+                if party not in self._told_suspended:
+                    self._told_suspended.add(party)
+                    await self._tell(transport, "party.suspended", {"party": party, "reason": reason[:_EVENT_TEXT]})
+            self._told_suspended &= suspended.keys()
+            for party in await self._members.shut_out(suspended):
+                log.warning("a suspended party's connections were closed", party=party)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_SHUT_OUT_AGAIN_S):
+                    await self._suspends.wait()
 
     async def _bind_parties(self, transport: Transport) -> None:
         """In every session: where somebody deleted the updates queue, the bindings of the parties went with it, they may not
@@ -349,13 +408,9 @@ class Aggregator:
             await examined.put(None)
 
     async def _examine_groups(self, subscription: Subscription, examined: asyncio.Queue[Examination | None]) -> None:
-        loop = asyncio.get_running_loop()
         while True:
             deliveries = await self._next_group(subscription)
-            arrivals = await asyncio.gather(
-                *(loop.run_in_executor(self._decoders, arrive, delivery, self._limits) for delivery in deliveries)
-            )
-            await examined.put(Examination(deliveries, arrivals))
+            await examined.put(Examination(deliveries, await self._reception.examine(deliveries)))
 
     async def _next_group(self, subscription: Subscription) -> list[Delivery]:
         group = [await subscription.receive()]
@@ -375,10 +430,25 @@ class Aggregator:
                     examined.put_nowait(None)
                     break
                 group = Examination(group.deliveries + more.deliveries, group.arrivals + more.arrivals)
-            verdicts = await self._in_ledger(self._coordinator.decide, group.arrivals)
+            decision = await self._in_ledger(self._decide, group)
             self._frame_waits.set()
-            await decided.put(Decision(group.deliveries, verdicts))
+            if any(verdict.suspends for verdict in decision.verdicts):
+                self._suspends.set()
+            await decided.put(decision)
         await decided.put(None)
+
+    def _decide(self, group: Examination) -> Decision:
+        """In the ledger's thread: what is committed is told, also where nobody waits for it any more."""
+        began = monotonic()
+        verdicts = self._coordinator.decide(group.arrivals)
+        seconds, now = monotonic() - began, self._clock()
+        updates = update_facts(verdicts)
+        answered = [delivery for delivery, verdict in zip(group.deliveries, verdicts, strict=False) if verdict.receipt]
+        waits = [waited for delivery in answered if (waited := waited_s(delivery.headers, now=now)) is not None]
+        suspensions = sum(verdict.suspends for verdict in verdicts)
+        self._observer.decided(updates, waits_s=waits, seconds=seconds, suspensions=suspensions)
+        self._observer.has_version(self._coordinator.version)
+        return Decision(group.deliveries, verdicts, updates)
 
     async def _answer_groups(
         self, transport: Transport, subscription: Subscription, decided: asyncio.Queue[Decision | None]
@@ -386,35 +456,38 @@ class Aggregator:
         """Receipts and quarantine first, then the acknowledgement: after a crash in between, they are sent again."""
         while (group := await decided.get()) is not None:
             answered = list(zip(group.deliveries, group.verdicts, strict=False))
-            await asyncio.gather(*(self._answer(transport, delivery, verdict) for delivery, verdict in answered))
+            receipts = await asyncio.to_thread(self._receipts, group.verdicts)
+            answers = zip(answered, receipts, strict=True)
+            await asyncio.gather(*(self._answer(transport, *pair, receipt) for pair, receipt in answers))
             reach("aggregator.answered")
             if answered:
                 await subscription.acknowledge(answered[-1][0].tag, multiple=True)
                 reach("aggregator.acknowledged")
-                await self._tell(transport, "updates.decided", {}, updates=update_facts(group.verdicts))
+                await self._tell(transport, "updates.decided", {}, updates=group.updates)
             if self._coordinator.goal_reached():
                 await self._finish()
 
     async def _known_parties(self) -> Sequence[str]:
-        known = set(await self._in_ledger(self._coordinator.parties))
-        try:
-            known.update(await self._enrolled() if self._enrolled is not None else ())
-        except BrokerError as exc:
-            log.warning("who is enrolled could not be asked: only those who sent updates are known", reason=str(exc))
-        return sorted(known)
+        return sorted({*await self._in_ledger(self._coordinator.parties), *self._members.parties()})
 
-    async def _answer(self, transport: Transport, delivery: Delivery, verdict: Verdict) -> None:
+    def _receipts(self, verdicts: Sequence[Verdict]) -> list[Message | None]:
+        """In a thread: they are signed."""
+        made = (verdict.receipt for verdict in verdicts)
+        return [None if receipt is None else receipt_message(self._names, receipt, key=self._key) for receipt in made]
+
+    async def _answer(self, transport: Transport, delivery: Delivery, verdict: Verdict, receipt: Message | None) -> None:
         # After a crash before the answers went out, a redelivered duplicate is the second chance for quarantine.
-        if verdict.refused is not None and (not verdict.is_duplicate or delivery.redelivered):
+        is_new = not verdict.is_duplicate or delivery.redelivered
+        if verdict.refused is not None and is_new and self._reception.keeps(delivery.user_id, verdict.refused):
             log.warning(
                 "update refused", reason=verdict.refused.reason, detail=verdict.refused.detail, exchange=delivery.exchange
             )
             await transport.publish(quarantined(self._names, delivery, verdict.refused))
-        if verdict.receipt is not None:
+        if receipt is not None:
             try:
-                await transport.publish(receipt_message(self._names, verdict.receipt))
+                await transport.publish(receipt)
             except UnroutableError:
-                log.warning("no inbox for a receipt: was the party removed?", party=verdict.receipt.party)
+                log.warning("no inbox for a receipt: was the party removed?", party=receipt.routing_key)
 
     async def _publish_frames(self, transport: Transport) -> None:
         """Until winding down."""
@@ -434,6 +507,7 @@ class Aggregator:
                 break
             reach("aggregator.frame")
             await self._publish_frame(transport, frame)
+            self._observer.published(frame, seconds=max(0.0, self._clock() - frame.at))
             reach("aggregator.published")
             await self._in_ledger(self._coordinator.published, frame.number)
             await self._tell_published(transport, frame)
@@ -448,13 +522,18 @@ class Aggregator:
         body = await asyncio.to_thread(announcement, frame.keyframe or b"")
         announced = replace(frame, base=None, codec=frame.keyframe_codec or "", size=len(body), body=body)
         await self._publish_frame(transport, announced)
+        self._observer.published(announced, seconds=None)
         await self._tell_published(transport, announced)
 
     async def _publish_frame(self, transport: Transport, frame: FrameRow) -> None:
-        for message in frame_messages(self._names, frame, ledger_id=self._coordinator.ledger_id):
+        for message in await asyncio.to_thread(self._frame_messages, frame):
             await self._publish_in_parts(transport, message)
             if message.exchange == self._names.keyframes:
                 reach("aggregator.keyframe")
+
+    def _frame_messages(self, frame: FrameRow) -> list[Message]:
+        """In a thread: they are signed."""
+        return list(frame_messages(self._names, frame, ledger_id=self._coordinator.ledger_id, key=self._key))
 
     async def _publish_in_parts(self, transport: Transport, message: Message) -> None:
         parts = split(message, part_bytes=self._pace.part_bytes, limit_bytes=self._pace.max_message_bytes)
@@ -494,6 +573,7 @@ class Aggregator:
     async def _tick(self) -> None:
         while True:
             await self._in_ledger(self._coordinator.tick)
+            self._observer.has_version(self._coordinator.version)
             self._frame_waits.set()
             # A buffer that was merged by its timeout may have made the last version, and no update may come any more.
             if self._coordinator.goal_reached():
@@ -556,23 +636,3 @@ class Aggregator:
         except Exception as exc:
             self._failure = exc
             raise
-
-
-def arrive(delivery: Delivery, limits: Limits) -> Arrival:
-    """Everything about a message that needs no state; for the threads that decode."""
-    size = len(delivery.body)
-    sender = identify(exchange=delivery.exchange, user_id=delivery.user_id, message_id=delivery.message_id, names=limits.names)
-    if isinstance(sender, Refused):
-        return Arrival(None, sender, size)
-    try:
-        place = part_of(delivery.headers)
-    except DecodeError as exc:
-        return Arrival(sender, Refused("parts", str(exc)), size)
-    if place is not None:
-        return Arrival(sender, PartBody(place, delivery.body), size)
-    try:
-        return Arrival(sender, examine(delivery.body, sender, limits), size)
-    except Exception as exc:
-        # A message that no check foresaw must not stop the aggregator.
-        log.exception("a check failed on an update", party=sender.party, update_id=sender.update_id)
-        return Arrival(sender, Refused("malformed", f"checking it failed: {exc}"), size)

@@ -1,13 +1,14 @@
 """Whether a ledger tells the truth: every entry, version and frame from the first on, made again and compared."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from aggregator.frames import changed_by, held_anew, open_whole, start_of_chain
 from aggregator.ledger import Ledger
 from aggregator.records import Entry, FrameRow, SnapshotRow
 from aggregator.recovery import Recovered, checked_entries, expect_model, manifest_of_ledger, merging_at, replay, snapshot_rows
+from aggregator.signatures import Signatures
 from aggregator.snapshots import Snapshots, Stored
 from broker_fl.errors import BrokerFLError, DamagedError
 from broker_fl.parameters import Vector, digest, fingerprint
@@ -32,19 +33,28 @@ class Verified:
     model_digest: str
     chain: str
     """Of the last entry: whoever notes it down can tell later whether anything before it was changed."""
+    signed: int
+    """Merged and buffered updates, each with the signature of its party's key."""
+    unsigned: int
+    """Those that came before signatures were asked for, or where none are."""
 
 
-def verify(ledger: Ledger, snapshots: Snapshots) -> Verified:
-    """Replays from the first snapshot; raises DamagedError naming the first entry, frame or snapshot that is not as recorded."""
+def verify(ledger: Ledger, snapshots: Snapshots, *, party_keys: Mapping[str, str] | None = None) -> Verified:
+    """Replays from the first snapshot; raises DamagedError naming the first entry, frame or snapshot that is not as recorded.
+
+    `party_keys`: public keys that came from the parties themselves. Without, those count that the federation's key vouches for.
+    """
     manifest = manifest_of_ledger(ledger)
     rows = snapshot_rows(ledger)
     first = rows[0]
     frames = ledger.frames_from(0)
     keyframe = ledger.newest_keyframe()
     counts: Counter[str] = Counter()
+    signatures = Signatures(ledger.facts(), name=ledger.name, party_keys=party_keys)
     last: Entry | None = None
     for last in checked_entries(ledger, after=0, upto=first.seq):
         counts[_kind(last)] += 1
+        signatures.check(last)
     state = snapshots.read(Stored(first.file, first.sha256))
     start = Recovered(state, first.seq, merging_at(ledger, first.seq), state.version, first.seq)
     chain = _Chain(ledger, manifest, frames, version=state.version)
@@ -54,6 +64,7 @@ def verify(ledger: Ledger, snapshots: Snapshots) -> Verified:
         entry = reached.entry
         if entry is not None:
             counts[_kind(entry)] += 1
+            signatures.check(entry)
             pending.check_model(ledger, entry, reached.state.model)
             last = entry
         elif last is not None:
@@ -73,6 +84,8 @@ def verify(ledger: Ledger, snapshots: Snapshots) -> Verified:
         replayed_from=first.version,
         model_digest=digest(reached.state.model),
         chain=last.chain if last is not None else "",
+        signed=signatures.signed,
+        unsigned=signatures.unsigned,
     )
 
 

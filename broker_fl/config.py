@@ -14,7 +14,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from broker_fl.errors import ConfigurationError, nearest
 from schemas.frame import TrainingPlan
-from schemas.ids import FederationId, PartyId
+from schemas.ids import FederationId, PartyId, PublicKey
 from schemas.privacy import Accountant, Clipping, Delta, Epsilon, NoiseMultiplier, PrivacyPlan
 
 ENVIRONMENT_PREFIX = "BROKER_FL_"
@@ -28,10 +28,15 @@ NOISED_UPDATE_CODEC = "eden:2"
 
 Positive = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
+PemKey = Literal["ca", "certificate", "certificate_key"]
 
 
 class Section(BaseModel):
     model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def is_pem(text: str) -> bool:
+    return "-----BEGIN " in text
 
 
 class FederationSettings(Section):
@@ -41,7 +46,14 @@ class FederationSettings(Section):
 class BrokerSettings(Section):
     url: SecretStr = SecretStr("amqp://guest:guest@127.0.0.1:5672/")
     management_url: SecretStr | None = None
-    """http://user:password@host:15672; without it, the host and login of `url` at port 15672."""
+    """http://user:password@host:15672; without it, the host and login of `url` at port 15672, or 15671 (https) where `url` is
+    amqps."""
+    ca: str | None = None
+    """Whom an amqps:// broker's certificate must be from, and what is revoked, if there is a list among it; without it, whom this
+    machine trusts. This and the next two are each a path, or the PEM text itself."""
+    certificate: str | None = None
+    """One's own, for brokers that ask for one. Without a password in `url`, it is the login too: as its common name."""
+    certificate_key: SecretStr | None = None
     heartbeat_s: Positive = 10
     publish_timeout_s: PositiveFloat = 30.0
     max_message_bytes: Annotated[int, Field(ge=65_536, le=512 << 20)] = 16 << 20
@@ -68,21 +80,80 @@ class BrokerSettings(Section):
             raise ValueError("part_bytes must be below max_message_bytes")
         return self
 
+    @model_validator(mode="after")
+    def _is_tls(self) -> Self:
+        if (self.certificate is None) != (self.certificate_key is None):
+            raise ValueError("certificate and certificate_key go together")
+        if self.certificate is not None and not self.is_tls:
+            raise ValueError("a certificate goes with amqps://host:5671/vhost: over amqp:// nothing would be encrypted")
+        return self
+
+    @property
+    def is_tls(self) -> bool:
+        return urlsplit(self.url.get_secret_value()).scheme == "amqps"
+
+    @property
+    def logs_in_by_certificate(self) -> bool:
+        """SASL EXTERNAL, in place of name and password."""
+        return self.certificate is not None and not urlsplit(self.url.get_secret_value()).password
+
     def management(self) -> SecretStr:
+        """Raises ConfigurationError where there is no password for it: the management API takes no certificate for a login."""
         if self.management_url is not None:
             return self.management_url
         amqp = urlsplit(self.url.get_secret_value())
-        login, _, _ = amqp.netloc.rpartition("@")
+        scheme, port = ("https", 15671) if self.is_tls else ("http", 15672)
         host = f"[{amqp.hostname}]" if ":" in (amqp.hostname or "") else amqp.hostname
-        return SecretStr(f"http://{login or 'guest:guest'}@{host}:15672")
+        if self.logs_in_by_certificate:
+            raise ConfigurationError(
+                "the management API takes no certificate for a login: give a user's name and password by [broker] "
+                f"management_url = {scheme}://USER:PASSWORD@{host}:{port}"
+            )
+        login, _, _ = amqp.netloc.rpartition("@")
+        return SecretStr(f"{scheme}://{login or 'guest:guest'}@{host}:{port}")
 
     def user(self) -> str:
-        return unquote(urlsplit(self.url.get_secret_value()).username or "guest")
+        """Raises ConfigurationError where it is the name in a certificate that cannot be read, or that `url` contradicts."""
+        named = unquote(urlsplit(self.url.get_secret_value()).username or "")
+        if not self.logs_in_by_certificate:
+            return named or "guest"
+        # It takes a tenth of a second to import, and most do without it.
+        from broker_fl.certificates import common_name
+
+        name = common_name(self.pem("certificate"), what="[broker] certificate")
+        if named not in ("", name):
+            raise ConfigurationError(f"[broker] url says user {named!r}, and [broker] certificate is for {name!r}")
+        return name
+
+    def written(self, key: PemKey) -> str:
+        """The setting as it is, a path or a text; "" where it is not set."""
+        value = getattr(self, key)
+        return value.get_secret_value() if isinstance(value, SecretStr) else value or ""
+
+    def pem(self, key: PemKey) -> str:
+        """The text, read from its file where the setting is a path; "" where it is not set. Raises ConfigurationError."""
+        written = self.written(key)
+        if not written or is_pem(written):
+            return written
+        try:
+            return Path(written).read_text(encoding="utf-8")
+        except (OSError, ValueError) as exc:
+            reason = exc.strerror if isinstance(exc, OSError) else "not text"
+            # What should be the path of a key may be the key.
+            shown = "the file" if key == "certificate_key" else repr(written[:200])
+            raise ConfigurationError(f"[broker] {key}: {shown} cannot be read ({reason}): expected a path or PEM text") from None
+
+    def vhost(self) -> str:
+        return unquote(urlsplit(self.url.get_secret_value()).path.removeprefix("/")) or "/"
+
+    def host_and_port(self) -> tuple[str, int]:
+        amqp = urlsplit(self.url.get_secret_value())
+        return amqp.hostname or "", amqp.port or (5671 if self.is_tls else 5672)
 
     def address(self) -> str:
         """Where the broker is, without the login: for messages."""
-        amqp = urlsplit(self.url.get_secret_value())
-        return f"{amqp.hostname}:{amqp.port or (5671 if amqp.scheme == 'amqps' else 5672)}"
+        host, port = self.host_and_port()
+        return f"{host}:{port}"
 
 
 class TaskSettings(Section):
@@ -317,6 +388,67 @@ class EvaluationSettings(Section):
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
 
 
+class SecuritySettings(Section):
+    """Whose word counts; broker_fl/signing.py says what is signed."""
+
+    signatures: bool = True
+    """Of frames and receipts by the federation's key, of updates by their party's. Without them whoever runs the broker can put
+    words into everyone's mouth."""
+    key: Path | None = None
+    """File of the federation's private key, for aggregators and enrolment; without it, `federation.key` in the aggregator's state
+    folder."""
+    aggregator_key: PublicKey | None = None
+    """The federation's public key, which a party was given with its enrolment: only frames that it signed are followed."""
+    party_key: SecretStr | None = None
+    """The party's private key, 64 hexadecimal digits."""
+
+
+class TrustSettings(Section):
+    """Which updates count less, and who is shut out; aggregator/trust.py says how."""
+
+    max_updates_per_minute: Annotated[int, Field(ge=0)] = 600
+    """Of one party; as many may come at once. What is more is refused, and its content stays with the party. 0: no limit."""
+    norm_factor: Annotated[float, Field(ge=0)] = 4.0
+    """Times the usual norm of the others' updates: what is larger is scaled down to it. 0: nothing is."""
+    outlier_factor: Annotated[float, Field(ge=0)] = 40.0
+    """Times the usual norm: what is larger is not merged, and its content dropped. 0: nothing is."""
+    direction: bool = True
+    """Whether a party that pulls against the running direction of the model counts less; takes one more vector in memory."""
+    direction_weight: Annotated[float, Field(gt=0, le=1)] = 0.1
+    tiers: Mapping[str, Annotated[float, Field(gt=0, le=1)]] = {"trusted": 1.0, "standard": 1.0, "probation": 0.25}
+    """What the updates of a tier weigh."""
+    suspend_below: Annotated[float, Field(ge=0, lt=1)] = 0.3
+    """Of a score that is 1 at first and the running mean of what becomes of a party's updates (each counts a tenth). 0: nobody
+    is suspended but by an operator."""
+
+    def weight_of(self, tier: str) -> float:
+        """A tier that the settings do not know weighs as the least of those that they do."""
+        return self.tiers.get(tier, min(self.tiers.values(), default=1.0))
+
+
+class EnrolmentSettings(Section):
+    """What the broker lets one party have. A worker takes two connections, and for some seconds two more after a lost line."""
+
+    max_connections: Positive = 4
+    max_channels: Positive = 16
+    inbox_messages: Positive = 10_000
+    inbox_bytes: ByteSize = ByteSize(64 << 20)
+    inbox_ttl_s: Positive = 30 * 24 * 3600
+    vhost_max_connections: Positive | None = None
+    """Of the whole virtual host; only for one that the federation has to itself."""
+    vhost_max_queues: Positive | None = None
+
+
+class MetricsSettings(Section):
+    """Where Prometheus finds what each process counts; docs/metrics.md says what that is."""
+
+    host: str = "127.0.0.1"
+    port: Annotated[int | None, Field(ge=0, le=65_535)] = None
+    """Of an aggregator or a worker; without one nothing is served, and 0 takes any that is free."""
+    evaluator_port: Annotated[int | None, Field(ge=0, le=65_535)] = None
+    """Of an evaluator, which an aggregator starts with its own settings."""
+
+
 class TrainingSettings(TrainingPlan):
     """The same fields as ride in each frame; here a mistyped key is an error."""
 
@@ -344,6 +476,14 @@ class Settings(BaseSettings):
     worker: WorkerSettings = WorkerSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     privacy: PrivacySettings = PrivacySettings()
+    security: SecuritySettings = SecuritySettings()
+    enrolment: EnrolmentSettings = EnrolmentSettings()
+    metrics: MetricsSettings = MetricsSettings()
+    trust: TrustSettings = TrustSettings()
+
+    @property
+    def key_file(self) -> Path:
+        return self.security.key or self.aggregator.state / "federation.key"
 
     @property
     def update_codec(self) -> str:
@@ -434,8 +574,9 @@ def _read_toml(file: Path) -> Values:
 
 
 def _read_environment(environment: Mapping[str, str]) -> Values:
-    """BROKER_FL_SECTION__KEY; JSON where the key holds a list."""
+    """BROKER_FL_SECTION__KEY; JSON where the key holds a list. Without it, the file that BROKER_FL_SECTION__KEY_FILE names."""
     values: dict[str, dict[str, Any]] = {}
+    in_files: dict[str, dict[str, Any]] = {}
     for variable, text in environment.items():
         if not variable.startswith(ENVIRONMENT_PREFIX) or variable in OTHER_VARIABLES:
             continue
@@ -443,13 +584,25 @@ def _read_environment(environment: Mapping[str, str]) -> Values:
         if section not in SECTIONS or not key:
             known = [f"{ENVIRONMENT_PREFIX}{name.upper()}__KEY" for name in SECTIONS]
             raise ConfigurationError(f"unknown variable {variable}: {nearest(variable, known)}")
-        values.setdefault(section, {})[key] = list_or_text(text)
-    return values
+        named = key.removesuffix("_file")
+        if named != key and named in SECTIONS[section].model_fields:
+            in_files.setdefault(section, {})[named] = list_or_text(_read_secret(Path(text), variable))
+        else:
+            values.setdefault(section, {})[key] = list_or_text(text)
+    return _overlay(in_files, values)
+
+
+def _read_secret(file: Path, variable: str) -> str:
+    """As containers are given them: a file with one value, and perhaps a line's end."""
+    try:
+        return file.read_text(encoding="utf-8").rstrip("\r\n")
+    except (OSError, UnicodeDecodeError) as exc:
+        raise ConfigurationError(f"{variable}: {file} cannot be read: {exc}") from exc
 
 
 def list_or_text(text: str) -> object:
-    """JSON where it is a list; what is wrong with it otherwise is said by whoever checks the key."""
-    if not text.startswith("["):
+    """JSON where it is a list or an object; what is wrong with it otherwise is said by whoever checks the key."""
+    if not text.startswith(("[", "{")):
         return text
     try:
         parsed: object = json.loads(text)

@@ -14,6 +14,7 @@ EventKind = Literal[
     "updates.decided",
     "frame.published",
     "model.evaluated",
+    "party.suspended",
 ]
 
 

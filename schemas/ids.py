@@ -14,6 +14,10 @@ UpdateId = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
 LedgerId = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 """A SHA-256 in lower-case hexadecimal."""
+PUBLIC_KEY_PATTERN = r"^[0-9a-f]{64}$"
+PublicKey = Annotated[str, StringConstraints(pattern=PUBLIC_KEY_PATTERN)]
+"""Ed25519 (RFC 8032), in lower-case hexadecimal."""
+Signature = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{128}$")]
 
 Version = Annotated[int, Field(ge=0, lt=2**53)]
 
@@ -23,3 +27,7 @@ SchemaVersion = Annotated[int, Field(ge=1, le=1)]
 
 def is_name(text: str) -> bool:
     return re.fullmatch(NAME_PATTERN, text) is not None
+
+
+def is_public_key(text: str) -> bool:
+    return re.fullmatch(PUBLIC_KEY_PATTERN, text) is not None

@@ -21,7 +21,15 @@ Reason = Literal[
     "repeated",  # a second update from one version where the strategy takes one
     "privacy",  # without the noise that this federation asks for, or over what a party may spend
     "parts",  # parts that do not fit together
+    "signature",  # not signed by the key that its party was enrolled with
+    "rate",  # more updates than a party may send in this time
+    "outlier",  # far outside of what the others send: held in quarantine
+    "suspended",  # its party is suspended
+    "norm",  # merged at less weight: larger than what the others send
+    "direction",  # merged at less weight: its party pulls against where the model goes
+    "tier",  # merged at less weight: its party's tier weighs less
 ]
+"""Why an update was refused; the last three: why it was merged at less weight."""
 
 
 class Receipt(Message):

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from schemas.ids import Digest, FederationId, PartyId, SchemaVersion, UpdateId, Version
+from schemas.ids import Digest, FederationId, LedgerId, PartyId, SchemaVersion, UpdateId, Version
 from schemas.privacy import PrivacyFacts
 from schemas.wire import Message
 
@@ -15,6 +15,8 @@ class ModelUpdate(Message):
     kind: Literal["update"] = "update"
     schema_version: SchemaVersion = 1
     federation: FederationId
+    ledger: LedgerId | None = None
+    """Of the frame that the party trained from. A signed update must name it, so that it counts in one ledger alone."""
     party: PartyId
     update_id: UpdateId
     sequence: Annotated[int, Field(ge=1, lt=2**53)]

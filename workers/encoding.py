@@ -84,6 +84,7 @@ def fields_bytes(*, federation: str, party: str, is_noised: bool) -> int:
     privacy = PrivacyFacts(noise_multiplier=0.5, sample_rate=0.5, max_grad_norm=0.5) if is_noised else None
     largest = ModelUpdate(
         federation=federation,
+        ledger="0" * 32,
         party=party,
         update_id="0" * 32,
         sequence=2**53 - 1,

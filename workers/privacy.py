@@ -10,6 +10,7 @@ from pathlib import Path
 import structlog
 
 from broker_fl.errors import PrivacyError
+from broker_fl.privacy.accounting import epsilon_of
 from broker_fl.privacy.policy import Limits, Mechanism, Spent, exhausted_by, mechanism_for
 from broker_fl.privacy.record import Promise, Training
 from schemas.frame import Plan, TrainingPlan
@@ -124,6 +125,17 @@ class PrivacyBudget:
         except PrivacyError as exc:
             return str(exc)
         return None if exhausted is None else str(exhausted)
+
+    def epsilon(self) -> float | None:
+        """What all trainings in the record cost together, at this party's delta, by RDP, which answers in milliseconds; None
+        where it has no answer, or while the record is not open.
+        """
+        if self._opened is None:
+            return None
+        try:
+            return epsilon_of(self._opened.history(), delta=self._limits.delta, accountant="rdp")
+        except PrivacyError:
+            return None
 
     def _spent(self, spending: Spending) -> Spent:
         return Spent(on_data=spending.history(), on_federation=spending.history(federation=self._federation))

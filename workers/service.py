@@ -8,9 +8,9 @@ import hashlib
 import secrets
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol, TypeVar
@@ -27,17 +27,19 @@ from broker_fl.errors import (
     PublishTimeoutError,
     QueueInUseError,
     UnroutableError,
+    UntrustedBrokerError,
     first_of,
 )
 from broker_fl.failpoints import reach
 from broker_fl.parameters import Vector
 from broker_fl.privacy.policy import Mechanism
+from broker_fl.signing import SIGNATURE, SigningKey, body_statement, is_signed, payload_digest, update_statement
 from broker_fl.topology import Names
 from broker_fl.transports.following import Follower, ReceivedModel
 from broker_fl.transports.model_log import Pending, read_newest
 from broker_fl.transports.parts import PART, split
 from broker_fl.transports.retry import Backoff
-from broker_fl.transports.transport import Connect, Delivery, Message, Subscription, Transport
+from broker_fl.transports.transport import Connect, Delivery, Header, Message, Subscription, Transport
 from schemas import wire
 from schemas.frame import TrainingPlan
 from schemas.manifest import Manifest
@@ -45,6 +47,7 @@ from schemas.receipt import Receipt
 from schemas.update import ModelUpdate
 from workers.encoding import Budget, encode_update, fields_bytes
 from workers.held import HeldModel, Unkept
+from workers.observer import Observer, Unobserved
 from workers.outbox import Outbox, StoredUpdate
 from workers.participation import is_selected
 from workers.privacy import Declined, PlainTraining, PrivacyBudget
@@ -74,7 +77,10 @@ _UPLINK_MEMORY = 0.7
 _DIVERGED = 1e6
 """The magnitude of an element from which a training has diverged, though it is finite: no aggregator takes it."""
 
-_NEVER_TAKEN = ("bounds", "non_finite")
+_REST_S, _REST_AT_MOST_S = 1.0, 60.0
+"""After an update that came too soon for the federation; twice as long after each further one in a row."""
+
+_NEVER_TAKEN = ("bounds", "non_finite", "outlier")
 """Reasons for which a content is dropped: in the residual it would be in every later update, and shut the party out for ever."""
 
 
@@ -98,6 +104,10 @@ class Identity:
     manifest: Manifest
     initial: Vector
     """The model that the task's seed draws, shape (manifest.size,)."""
+    federation_key: str | None = None
+    """The public key that the party was given when it was enrolled: nothing that it did not sign is believed."""
+    key: SigningKey | None = None
+    """The party's own, which signs its updates."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +136,7 @@ class Worker:
         throttle: float,
         resend_after_s: float,
         clock: Callable[[], float],
+        observer: Observer | None = None,
     ) -> None:
         self._connect = connect
         self._outbox = outbox
@@ -137,11 +148,14 @@ class Worker:
         self._budget = budget
         self._throttle = throttle
         self._clock = clock
+        self._observer: Observer = observer or Unobserved()
         self._follower = Follower(
             federation=identity.federation,
             manifest=identity.manifest,
             initial=identity.initial,
             name=f"worker:{identity.party}",
+            federation_key=identity.federation_key,
+            read=self._observer.read,
         )
         self._held = HeldModel(outbox, federation=identity.federation, manifest=identity.manifest)
         self._unkept = Unkept(most_bytes=4 * identity.manifest.size)
@@ -150,6 +164,7 @@ class Worker:
         self._was_up = False
         self._left_out: tuple[str, int] | None = None
         self._declined = ""
+        self._rest_s = 0.0
         self._changed = asyncio.Event()
         self._update_waits = asyncio.Event()
         self._settling = asyncio.Lock()
@@ -167,14 +182,16 @@ class Worker:
     async def run(self) -> None:
         """A broker that is away is waited for.
 
-        Raises AuthenticationError, AccessRefusedError, NotFoundError (not enrolled), QueueInUseError (another worker serves this
-        party), ManifestMismatchError, StorageError, and ConfigurationError for a budget that no update stays within.
+        Raises AuthenticationError, AccessRefusedError, NotFoundError (not enrolled), UntrustedBrokerError at the start,
+        QueueInUseError (another worker serves this party), ManifestMismatchError, StorageError, and ConfigurationError for a
+        budget that no update stays within.
         """
         try:
             self._follower.held = await self._in_outbox(self._held.load)
             if self._privacy.is_needed:
                 await self._in_outbox(self._privacy.open)
                 await self._in_outbox(self._forget_unnoised)
+            await self._in_outbox(self._tell_held)
             async with asyncio.TaskGroup() as group:
                 services = (self._sessions(), self._train_models(), self._keep_models())
                 tasks = [group.create_task(service) for service in services]
@@ -197,7 +214,7 @@ class Worker:
             try:
                 async with self._connect(f"worker:{self._identity.party}") as transport:
                     await self._session(transport, backoff)
-            except* NotFoundError as missing:
+            except* (NotFoundError, UntrustedBrokerError) as missing:
                 if not self._was_up:
                     raise
                 # A broker that starts again may not know its vhost or queues for a while.
@@ -216,7 +233,7 @@ class Worker:
         """Until the connection is lost. The inbox is held alone, so that two workers can't serve one party."""
         name = f"worker:{self._identity.party}"
         inbox = transport.consume(self._names.inbox(self._identity.party), prefetch=16, name=name, exclusive=True)
-        async with inbox as receipts, asyncio.TaskGroup() as group:
+        async with inbox as receipts, self._observed_connection(), asyncio.TaskGroup() as group:
             self._was_up = True
             backoff.reset()
             log.info("connected", party=self._identity.party, federation=self._identity.federation)
@@ -243,6 +260,7 @@ class Worker:
             self._unkept.add(progress)
             self._newest = received = progress.received
             self._changed.set()
+            self._observer.has_version(received.version)
             if progress.is_anew or progress.bodies:
                 how = {"frames": len(progress.bodies), "anew": progress.is_anew}
                 log.info("model received", version=received.version, number=received.number, over=received.over, **how)
@@ -278,7 +296,7 @@ class Worker:
     async def _take_receipt(self, receipts: Subscription, delivery: Delivery) -> None:
         async with self._settling:
             try:
-                receipt = wire.decode(Receipt, delivery.body)
+                receipt = await asyncio.to_thread(self._receipt, delivery)
             except DecodeError as exc:
                 log.warning("receipt left out", reason=str(exc))
             else:
@@ -289,16 +307,28 @@ class Worker:
                 self._changed.set()
             await receipts.acknowledge(delivery.tag)
 
+    def _receipt(self, delivery: Delivery) -> Receipt:
+        key, signature = self._identity.federation_key, delivery.headers.get(SIGNATURE)
+        if key is not None and not is_signed("receipt", body_statement(delivery.body), signature, by=key):
+            raise DecodeError(f"it is not signed by the federation's key {key[:12]}")
+        receipt = wire.decode(Receipt, delivery.body)
+        # What is signed once goes for ever: what was said to another party must not settle ours.
+        if (receipt.federation, receipt.party) != (self._identity.federation, self._identity.party):
+            raise DecodeError(f"it is for party {receipt.party!r} of federation {receipt.federation!r}")
+        return receipt
+
     def _settle(self, receipt: Receipt) -> None:
         """In the outbox's thread. What was refused goes back into the residual, in the transaction that forgets the update."""
         stored = self._outbox.unsettled(receipt.update_id)
         if stored is None:
             return
         facts = {"update": receipt.update_id[:8], "version": receipt.version, "staleness": receipt.staleness}
+        self._rest_s = min(_REST_AT_MOST_S, max(_REST_S, 2 * self._rest_s)) if receipt.reason == "rate" else 0.0
         if receipt.outcome == "refused":
             log.warning("update refused", reason=receipt.reason, detail=receipt.detail, **facts)
         else:
-            log.info(f"update {receipt.outcome}", weight=round(receipt.weight, 4), **facts)
+            less = {"reason": receipt.reason, "detail": receipt.detail} if receipt.reason is not None else {}
+            log.info(f"update {receipt.outcome}", weight=round(receipt.weight, 4), **less, **facts)
         with self._outbox.transaction():
             if receipt.reason in _NEVER_TAKEN:
                 log.warning("its content is dropped, since no update with it would be taken", update=stored.update_id[:8])
@@ -307,6 +337,8 @@ class Worker:
                 self._return_to_residual(stored)
             self._outbox.settle(receipt.update_id)
             self._outbox.count({f"updates_{receipt.outcome}": 1})
+        self._observer.settled(receipt)
+        self._observer.has_unsettled(self._outbox.unsettled_count())
 
     def _return_to_residual(self, stored: StoredUpdate) -> None:
         manifest = self._identity.manifest
@@ -341,28 +373,34 @@ class Worker:
                 continue
 
     async def _send(self, transport: Transport, stored: StoredUpdate) -> None:
-        message = Message(
-            self._names.up(self._identity.party),
-            stored.body,
-            message_id=stored.update_id,
-            headers={
-                "x-fl-party": self._identity.party,
-                "x-fl-sequence": stored.sequence,
-                "x-fl-base-version": stored.base_version,
-                "x-fl-codec": stored.codec,
-                "x-fl-bytes": len(stored.body),
-            },
-        )
         loop = asyncio.get_running_loop()
         began = loop.time()
+        message = await asyncio.to_thread(self._message, stored)
         parts = split(message, part_bytes=self._link.part_bytes, limit_bytes=self._link.max_message_bytes)
         # In a thread: the first part comes when the digest of all of them is made.
         while (part := await asyncio.to_thread(next, parts, None)) is not None:
             await transport.publish(part)
             if PART in part.headers:
                 reach("worker.part")
+        self._observer.sent(stored.codec, len(stored.body))
         reach("worker.sent")
         await self._in_outbox(self._mark_sent, stored, loop.time() - began)
+
+    def _message(self, stored: StoredUpdate) -> Message:
+        """In a thread: it is signed, by the key that the party has now."""
+        headers: dict[str, Header] = {
+            "x-fl-party": self._identity.party,
+            "x-fl-sequence": stored.sequence,
+            "x-fl-base-version": stored.base_version,
+            "x-fl-codec": stored.codec,
+            "x-fl-bytes": len(stored.body),
+            "x-fl-at": int(self._clock() * 1000),
+        }
+        if self._identity.key is not None:
+            update = wire.decode(ModelUpdate, stored.body)
+            statement = update_statement(update, payload_digest=payload_digest(update.payload))
+            headers[SIGNATURE] = self._identity.key.sign("update", statement)
+        return Message(self._names.up(self._identity.party), stored.body, message_id=stored.update_id, headers=headers)
 
     def _mark_sent(self, stored: StoredUpdate, seconds: float) -> None:
         with self._outbox.transaction():
@@ -388,6 +426,7 @@ class Worker:
     async def _train_models(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
+            await asyncio.sleep(self._rest_s)
             received, mechanism = await self._next_to_train()
             sequence = await self._in_outbox(self._outbox.next_sequence)
             # Whoever can draw a noised training's seed again can take its noise off.
@@ -399,6 +438,7 @@ class Worker:
             if result is None:
                 return
             await asyncio.sleep((self._throttle - 1) * (loop.time() - began))
+            self._observer.trained(loop.time() - began)
             if await asyncio.to_thread(_has_diverged, result):
                 log.error("training diverged: nothing is sent, and the next model is waited for", version=received.version)
                 self._left_out = (received.ledger, received.version)
@@ -438,6 +478,7 @@ class Worker:
         if reason and reason != self._declined:
             log.warning("no training, the model is followed", reason=reason)
             self._count({"trainings_declined": 1})
+            self._tell_spent()
         self._declined = reason
         if isinstance(mechanism, Mechanism):
             self._forget_unnoised()
@@ -465,6 +506,7 @@ class Worker:
             self._outbox.count({"trainings_diverged": 1})
             if mechanism is not None:
                 self._privacy.record(mechanism, ledger=received.ledger, base_version=received.version, update_id=None)
+        self._tell_spent()
 
     def _keep(
         self, received: ReceivedModel, result: TrainResult, sequence: int, mechanism: Mechanism | None
@@ -488,6 +530,7 @@ class Worker:
         )
         update = ModelUpdate(
             federation=self._identity.federation,
+            ledger=received.ledger,
             party=self._identity.party,
             update_id=update_id,
             sequence=sequence,
@@ -517,6 +560,8 @@ class Worker:
         except _BudgetPassedError as passed:
             log.warning("a training is dropped: another worker on the same data spent what it needs", reason=str(passed))
             return None
+        self._tell_spent()
+        self._observer.has_unsettled(self._outbox.unsettled_count())
         return stored
 
     def _spend(self, mechanism: Mechanism, received: ReceivedModel, update_id: str) -> None:
@@ -539,6 +584,26 @@ class Worker:
             self._outbox.set_fact(_CARRIED, _NOISED)
         if plain:
             log.warning("updates without noise are dropped, since noise is asked for now", updates=len(plain))
+
+    @asynccontextmanager
+    async def _observed_connection(self) -> AsyncIterator[None]:
+        self._observer.connected(True)
+        try:
+            yield
+        finally:
+            self._observer.connected(False)
+
+    def _tell_held(self) -> None:
+        """What was there at the start."""
+        if self._follower.held is not None:
+            self._observer.has_version(self._follower.held.version)
+        self._observer.has_unsettled(self._outbox.unsettled_count())
+        self._tell_spent()
+
+    def _tell_spent(self) -> None:
+        epsilon = self._privacy.epsilon()
+        if epsilon is not None:
+            self._observer.has_spent(epsilon)
 
     async def _in_outbox(self, call: Callable[..., Result], *arguments: object) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._outbox_thread, call, *arguments)

@@ -55,13 +55,14 @@ class Buffered:
         if contribution.is_void:
             buffer = replace(buffer, parties=parties)
         else:
-            factor = _clipping(contribution.delta, self.settings.clip_norm)
+            # The denominator stays: a delta that is trusted less adds less.
+            factor = _clipping(contribution.delta, self.settings.clip_norm) * contribution.factor
             contribution.delta.add_to(buffer.total, weight * factor)
             buffer = Buffer(buffer.total, buffer.weight + (weight if self.by_samples else 1.0), parties)
         state = replace(state, buffer=buffer)
         if len(buffer.parties) < self.settings.buffer_size:
-            return state, Outcome("buffered", staleness, weight)
-        return self.flush(state), Outcome("merged", staleness, weight)
+            return state, Outcome("buffered", staleness, weight * contribution.factor)
+        return self.flush(state), Outcome("merged", staleness, weight * contribution.factor)
 
     def flush(self, state: State) -> State:
         buffer = state.buffer

@@ -19,6 +19,8 @@ class Contribution:
     delta: Delta
     base_version: int
     num_samples: int
+    factor: float = 1.0
+    """What trust leaves of it: the delta is merged so many times, 0 < factor <= 1."""
     is_void: bool = False
     """Keeps its place in the order, and adds nothing: for the model as if its party had never taken part."""
 

@@ -47,7 +47,7 @@ class FedAsync:
 
     def apply(self, state: State, contribution: Contribution) -> tuple[State, Outcome]:
         staleness = state.version - contribution.base_version
-        weight = self.settings.mixing_rate * STALENESS[self.settings.staleness](staleness, self.settings)
+        weight = self.settings.mixing_rate * STALENESS[self.settings.staleness](staleness, self.settings) * contribution.factor
         merged = Outcome("merged", staleness, weight)
         if contribution.is_void:
             return replace(state, version=state.version + 1), merged

@@ -13,14 +13,27 @@ app = typer.Typer(help="Look into the aggregator's ledger, and keep it small.", 
 
 @app.command("verify")
 def verify(
-    config: options.Config = None, state: options.State = None, ledger: options.Ledger = None, sets: options.Sets = None
+    config: options.Config = None,
+    state: options.State = None,
+    ledger: options.Ledger = None,
+    party_keys: Annotated[
+        Path | None,
+        typer.Option(
+            help="Public keys that you had from the parties themselves, lines of NAME KEY: neither the broker nor the aggregator "
+            "has to be believed then.",
+            show_default=False,
+        ),
+    ] = None,
+    sets: options.Sets = None,
 ) -> None:
-    """Check the hash chain, make every version again from the first snapshot, and compare all of it, to the last bit."""
+    """Check the hash chain and the parties' signatures, make every version again from the first snapshot, and compare all of it,
+    to the last bit."""
     from aggregator.verification import verify as verify_ledger
     from broker_fl.cli.stores import stores_for_reading
 
+    keys = None if party_keys is None else _read_party_keys(party_keys)
     with stores_for_reading(options.load_stores(config, state, ledger, sets)) as (found, snapshots):
-        verified = verify_ledger(found, snapshots)
+        verified = verify_ledger(found, snapshots, party_keys=keys)
         name = found.name
     counts = f"{verified.merged} merged, {verified.buffered} buffered, {verified.refused} refused"
     typer.echo(
@@ -29,8 +42,32 @@ def verify(
     )
     if verified.replayed_from:
         typer.echo(f"replayed from version {verified.replayed_from}: what came before was compacted, and is in the chain only")
+    by = "keys that the federation vouches for" if keys is None else f"the keys in {party_keys}"
+    typer.echo(f"{verified.signed} updates are signed by their parties, by {by}; {verified.unsigned} are unsigned")
     typer.echo(f"chain {verified.chain}")
     typer.echo(f"version {verified.version} is {verified.model_digest}")
+
+
+def _read_party_keys(file: Path) -> dict[str, str]:
+    """Raises ConfigurationError, naming the line."""
+    from broker_fl.errors import ConfigurationError
+    from schemas.ids import is_name, is_public_key
+
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as exc:
+        raise ConfigurationError(f"{file} cannot be read: {exc}") from exc
+    keys: dict[str, str] = {}
+    for number, line in enumerate(lines, start=1):
+        words = line.split("#")[0].split()
+        if not words:
+            continue
+        if len(words) != 2 or not is_name(words[0]) or not is_public_key(words[1]):
+            raise ConfigurationError(f"{file}, line {number}: expected a party's name and its key of 64 hexadecimal digits")
+        if words[0] in keys:
+            raise ConfigurationError(f"{file}, line {number}: party {words[0]!r} has a key already")
+        keys[words[0]] = words[1]
+    return keys
 
 
 @app.command("export")

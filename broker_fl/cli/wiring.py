@@ -1,7 +1,7 @@
 """Puts the rooms together: services made from settings, with whatever broker they are given."""
 
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -14,8 +14,12 @@ from aggregator.broadcast import BroadcastPlan
 from aggregator.coordinator import Coordinator, Rules
 from aggregator.decisions import Goal
 from aggregator.evaluator import Evaluator, Score
+from aggregator.evaluator import Observer as EvaluatorObserver
+from aggregator.gate import Gate
 from aggregator.merging.strategies import build_strategy
+from aggregator.observer import Observer as AggregatorObserver
 from aggregator.opening import open_ledger
+from aggregator.register import Register
 from aggregator.service import Aggregator, Pace
 from broker_fl.cli.stores import holder, ledger_url, snapshots_of
 from broker_fl.codecs.budget import fitted
@@ -24,9 +28,11 @@ from broker_fl.codecs.registry import SPARSIFIERS
 from broker_fl.config import Settings
 from broker_fl.database import make_folder
 from broker_fl.errors import ConfigurationError
+from broker_fl.keys import key_of, load_key, load_or_make_key
 from broker_fl.parameters import Vector
 from broker_fl.privacy.policy import Demands, Mechanism
 from broker_fl.privacy.policy import Limits as PartyLimits
+from broker_fl.signing import SigningKey
 from broker_fl.tasks.device import choose_device
 from broker_fl.tasks.evaluation import evaluate
 from broker_fl.tasks.module import initial, load_vector
@@ -38,6 +44,7 @@ from broker_fl.transports.transport import Connect
 from schemas.frame import TrainingPlan
 from schemas.manifest import Manifest
 from workers.encoding import Budget, check_budget, fields_bytes
+from workers.observer import Observer as WorkerObserver
 from workers.outbox import open_outbox
 from workers.privacy import PrivacyBudget
 from workers.service import Identity, Link, Worker
@@ -70,10 +77,11 @@ def built_aggregator(
     connect: Connect,
     *,
     on_lead: Callable[[], None] = lambda: None,
-    enrolled: Callable[[], Awaitable[Sequence[str]]] | None = None,
+    register: Register | None = None,
+    observer: AggregatorObserver | None = None,
 ) -> Iterator[BuiltAggregator]:
-    """Raises ConfigurationError, DataError, StorageError. `on_lead` is called when it begins to lead the federation, `enrolled`
-    asks for the names of all parties."""
+    """Raises ConfigurationError, DataError, StorageError. `on_lead` is called when it begins to lead the federation, `register`
+    says who is enrolled: signatures need one."""
     up, down = parse_codec(settings.update_codec), parse_codec(settings.codec.down)
     _refuse_selected_noise(settings, up)
     task = task_of(settings)
@@ -81,11 +89,15 @@ def built_aggregator(
     if settings.codec.up_budget is not None:
         with _named("[codec] up_budget"):
             up = fitted(up, settings.codec.up_budget, manifest=manifest)
-    limits = _limits(settings, manifest)
+    if settings.security.signatures and register is None:
+        raise ConfigurationError("[security] signatures = true needs a register of the parties' keys, and this broker keeps none")
     if settings.aggregator.ledger is None:
         make_folder(settings.aggregator.state)
+    key = load_or_make_key(settings.key_file) if settings.security.signatures else None
     with open_ledger(ledger_url(settings)) as ledger:
-        plan = _plan(settings, manifest, ledger_id=ledger.facts()["ledger_id"], up=up.name, down=down.name)
+        ledger_id = ledger.facts()["ledger_id"]
+        limits = _limits(settings, manifest, signed_for=None if key is None else ledger_id)
+        plan = _plan(settings, manifest, ledger_id=ledger_id, up=up.name, down=down.name)
         with _named("[codec] warm_up_versions"):
             plan.at(0)  # A codec that cannot warm up is a mistake in the settings, to be told before anything is opened.
         rules = Rules(
@@ -95,6 +107,8 @@ def built_aggregator(
             goal=Goal(settings.aggregator.versions, settings.aggregator.target_accuracy),
             snapshot_every_versions=settings.aggregator.snapshot_every_versions,
             parts_expire_s=settings.aggregator.parts_expire_s,
+            trust=settings.trust,
+            federation_key=None if key is None else key.public,
         )
         coordinator = Coordinator(ledger, snapshots_of(settings, manifest), rules, clock=time.time, holder=holder("aggregator"))
         service = Aggregator(
@@ -106,7 +120,10 @@ def built_aggregator(
             clock=time.time,
             seconds=settings.aggregator.seconds,
             on_lead=on_lead,
-            enrolled=enrolled,
+            register=register,
+            key=key,
+            gate=_gate(settings, limits),
+            observer=observer,
         )
         yield BuiltAggregator(service, partial(coordinator.open, model), coordinator, manifest)
 
@@ -120,7 +137,7 @@ def _named(keys: str) -> Iterator[None]:
         raise ConfigurationError(f"{keys}: {exc}") from exc
 
 
-def _limits(settings: Settings, manifest: Manifest) -> Limits:
+def _limits(settings: Settings, manifest: Manifest, *, signed_for: str | None) -> Limits:
     dense_bytes = 4 * manifest.size + (64 << 10)
     return Limits(
         names=Names(settings.federation.name),
@@ -128,6 +145,15 @@ def _limits(settings: Settings, manifest: Manifest) -> Limits:
         max_update_bytes=settings.aggregator.max_update_bytes or dense_bytes,
         max_update_norm=settings.aggregator.max_update_norm,
         privacy=_demands(settings),
+        signed_for=signed_for,
+    )
+
+
+def _gate(settings: Settings, limits: Limits) -> Gate:
+    return Gate(
+        per_minute=settings.trust.max_updates_per_minute,
+        part_bytes=settings.broker.part_bytes,
+        max_update_bytes=limits.max_update_bytes,
     )
 
 
@@ -185,7 +211,7 @@ def _pace(settings: Settings, limits: Limits) -> Pace:
 
 
 @contextmanager
-def built_worker(settings: Settings, connect: Connect) -> Iterator[Worker]:
+def built_worker(settings: Settings, connect: Connect, *, observer: WorkerObserver | None = None) -> Iterator[Worker]:
     """Holds the outbox alone while inside. Raises ConfigurationError, DataError, StorageError."""
     party = settings.worker.party
     if party is None:
@@ -194,7 +220,9 @@ def built_worker(settings: Settings, connect: Connect) -> Iterator[Worker]:
     examples = share_of(settings, task.train_examples(settings.task.data))
     module, manifest, model = _initial(settings, task)
     device = choose_device(settings.worker.device)
-    identity = Identity(settings.federation.name, party, manifest, model)
+    identity = Identity(
+        settings.federation.name, party, manifest, model, federation_key=federation_key(settings), key=_party_key(settings)
+    )
 
     def train_here(
         base: Vector, plan: TrainingPlan, *, mechanism: Mechanism | None, seed: int, should_stop: Callable[[], bool]
@@ -258,6 +286,7 @@ def built_worker(settings: Settings, connect: Connect) -> Iterator[Worker]:
             throttle=settings.worker.throttle,
             resend_after_s=settings.worker.resend_after_s,
             clock=time.time,
+            observer=observer,
         )
 
 
@@ -315,7 +344,7 @@ def share_of(settings: Settings, examples: Examples) -> Examples:
     return examples.take(torch.from_numpy(parts[index - 1]))
 
 
-def built_evaluator(settings: Settings, connect: Connect) -> Evaluator:
+def built_evaluator(settings: Settings, connect: Connect, *, observer: EvaluatorObserver | None = None) -> Evaluator:
     """Raises ConfigurationError, DataError."""
     task = task_of(settings)
     examples = task.test_examples(settings.task.data)
@@ -328,8 +357,40 @@ def built_evaluator(settings: Settings, connect: Connect) -> Evaluator:
         return Score(found.accuracy, found.loss, found.count)
 
     return Evaluator(
-        connect, evaluate_here, federation=settings.federation.name, manifest=manifest, initial=model, clock=time.time
+        connect,
+        evaluate_here,
+        federation=settings.federation.name,
+        manifest=manifest,
+        initial=model,
+        federation_key=federation_key(settings),
+        clock=time.time,
+        observer=observer,
     )
+
+
+def federation_key(settings: Settings) -> str | None:
+    """The public key that frames have to be signed by; None where no signatures are asked for. Raises ConfigurationError."""
+    if not settings.security.signatures:
+        return None
+    if settings.security.aggregator_key is not None:
+        return settings.security.aggregator_key
+    if not settings.key_file.exists():
+        raise ConfigurationError(
+            "frames are signed, and there is no key to check them by: use a party file (--enrolment NAME.toml), or give the "
+            "federation's public key by [security] aggregator_key (`broker-fl party show` prints it)"
+        )
+    return load_key(settings.key_file).public
+
+
+def _party_key(settings: Settings) -> SigningKey | None:
+    if not settings.security.signatures:
+        return None
+    if settings.security.party_key is None:
+        raise ConfigurationError(
+            "updates are signed, and this party has no key: use its party file (--enrolment NAME.toml, from `broker-fl party add` "
+            "or `party rotate`); a federation without signatures says so by --set security.signatures=false, on all sides"
+        )
+    return key_of(settings.security.party_key.get_secret_value(), what="[security] party_key")
 
 
 def use_threads(settings: Settings) -> None:

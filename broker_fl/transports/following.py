@@ -4,7 +4,7 @@
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
@@ -14,6 +14,7 @@ from broker_fl.codecs.chain import change, rounded, whole_model
 from broker_fl.config import KEYFRAME_CODECS
 from broker_fl.errors import DecodeError, ManifestMismatchError, nearest
 from broker_fl.parameters import Vector, digest, mismatch
+from broker_fl.signing import body_statement, is_signed
 from broker_fl.topology import Names
 from broker_fl.transports.model_log import Broadcast, Pending, Place, Traffic, read_from
 from broker_fl.transports.transport import Transport
@@ -76,8 +77,9 @@ class _AnotherLedgerError(Exception):
 class Follower:
     """Holds the model of the newest frame that it could follow to; lives longer than any connection.
 
-    `initial` is the model that the task's seed draws: where the federation began with the same, no keyframe is needed. Nothing is
-    decoded or added up on the event loop. One call of `next` at a time.
+    `initial` is the model that the task's seed draws: where the federation began with the same, no keyframe is needed. `read` is
+    told of every message that is read, see Traffic. Where there is a `federation_key`, what it did not sign is left out, whatever the
+    broker says. Nothing is decoded or added up on the event loop. One call of `next` at a time.
     """
 
     def __init__(
@@ -87,13 +89,16 @@ class Follower:
         manifest: Manifest,
         initial: Vector,
         name: str,
+        federation_key: str | None = None,
         patience_s: float = _PATIENCE_S,
+        read: Callable[[str, int], None] | None = None,
     ) -> None:
         self._federation = federation
         self._names = Names(federation)
         self._manifest = manifest
         self._initial = initial
         self._name = name
+        self._federation_key = federation_key
         self._patience_s = patience_s
         self._own_digests: dict[str | None, str] = {}
         self._begun_otherwise = ""
@@ -101,7 +106,7 @@ class Follower:
         self._given_up: ModelFrame | None = None
         """The frame whose keyframe led nowhere: there is nothing to be done until another one comes."""
         self.held: ReceivedModel | None = None
-        self.traffic = Traffic()
+        self.traffic = Traffic(read)
 
     def new_pending(self) -> Pending:
         """For one connection. More than a whole model is not kept waiting."""
@@ -310,12 +315,22 @@ class Follower:
         frames = []
         for broadcast in broadcasts:
             try:
+                self._expect_signature(broadcast)
                 facts = parse_frame(broadcast.body, federation=self._federation, manifest=self._manifest)
             except DecodeError as exc:
                 log.error("broadcast left out", reason=str(exc))  # noqa: TRY400 - one line says it all
             else:
                 frames.append(_Frame(facts, broadcast.body, broadcast.place))
         return frames
+
+    def _expect_signature(self, broadcast: Broadcast) -> None:
+        """Before anything is read of it."""
+        key = self._federation_key
+        if key is not None and not is_signed("frame", body_statement(broadcast.body), broadcast.signature, by=key):
+            raise DecodeError(
+                f"it is not signed by the federation's key {key[:12]}: somebody else sent it, or the federation has another key "
+                "than at enrolment (`broker-fl party rotate` makes a new party file)"
+            )
 
 
 def parse_frame(body: bytes, *, federation: str, manifest: Manifest) -> ModelFrame:

@@ -5,17 +5,18 @@ A frame's place is in the headers of its messages, `x-fl-number` and those of pa
 
 import asyncio
 from collections import Counter, deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 
 import structlog
 
 from broker_fl.errors import DecodeError
+from broker_fl.signing import SIGNATURE
 from broker_fl.transports.parts import PART, Assembler, GapError, part_of
 from broker_fl.transports.transport import Delivery, Feed, Start, Transport
 
-NUMBER, KIND = "x-fl-number", "x-fl-kind"
+NUMBER, KIND, CODEC = "x-fl-number", "x-fl-kind", "x-fl-codec"
 
 _BURST_S = 0.02
 """Frames that come within this time are one burst: they are followed in one go."""
@@ -57,15 +58,24 @@ class Broadcast:
     body: bytes
     place: Place | None
     """Of its last message; None where it did not come from a log."""
+    signature: object = None
+    """As it came in the headers."""
 
 
 class Traffic:
-    """Counts what is read, until somebody takes the counts: all bytes, those read again too."""
+    """Counts what is read, until somebody takes the counts: all bytes, those read again too.
 
-    def __init__(self) -> None:
+    `read` is told of each message: the codec that its headers name, empty without one, and its bytes.
+    """
+
+    def __init__(self, read: Callable[[str, int], None] | None = None) -> None:
+        self._read = read
         self._counts: Counter[str] = Counter()
 
     def add(self, delivery: Delivery, *, is_whole: bool) -> None:
+        if self._read is not None:
+            codec = delivery.headers.get(CODEC)
+            self._read(codec if isinstance(codec, str) else "", len(delivery.body))
         self._counts["bytes_down"] += len(delivery.body)
         if is_whole:
             self._counts["frames_received"] += 1
@@ -120,7 +130,7 @@ async def read_queue(feed: Feed, *, traffic: Traffic) -> AsyncGenerator[Broadcas
         if read.is_gap:
             _leave_out(read.delivery, "its beginning came before this queue was bound")
         if read.body is not None:
-            yield Broadcast(read.body, None)
+            yield Broadcast(read.body, None, read.delivery.headers.get(SIGNATURE))
 
 
 async def read_newest(transport: Transport, model_log: str, *, name: str, traffic: Traffic) -> AsyncGenerator[Broadcast, None]:
@@ -215,7 +225,7 @@ class _Read:
         return place_of(self.delivery)
 
     def broadcast(self) -> Broadcast | None:
-        return None if self.body is None else Broadcast(self.body, self.place())
+        return None if self.body is None else Broadcast(self.body, self.place(), self.delivery.headers.get(SIGNATURE))
 
 
 class _Reader:

@@ -1,0 +1,109 @@
+"""The door: what is looked at of a message, by whom its sender is known, and what of the refused is kept.
+
+On the event loop but for the decoding, which runs in a pool of threads.
+"""
+
+import asyncio
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+
+import structlog
+
+from aggregator.admission import ANONYMOUS, Credentials, Limits, Refused, examine, identify
+from aggregator.decisions import Arrival, PartBody
+from aggregator.gate import Gate
+from aggregator.register import Members
+from broker_fl.errors import DecodeError
+from broker_fl.signing import SIGNATURE
+from broker_fl.transports.parts import PART, part_of
+from broker_fl.transports.transport import Delivery
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Caller:
+    party: str | None
+    """None where the broker does not vouch for one."""
+    credentials: Credentials
+    refused: Refused | None
+    """Without a look at the message."""
+
+
+class Reception:
+    def __init__(self, limits: Limits, members: Members, gate: Gate, decoders: Executor) -> None:
+        self._limits = limits
+        self._members = members
+        self._gate = gate
+        self._decoders = decoders
+        self._shut_out: frozenset[str] = frozenset()
+
+    def shut_out(self, parties: Iterable[str]) -> None:
+        """What these send is not decoded any more."""
+        self._shut_out = frozenset(parties)
+
+    async def examine(self, deliveries: Sequence[Delivery]) -> list[Arrival]:
+        """In their order."""
+        parties = [self._party(delivery) for delivery in deliveries]
+        unknown = {party for party in parties if party is not None and self._members.get(party) is None}
+        await asyncio.gather(*map(self._members.look_up, unknown))
+        callers = list(map(self._caller, deliveries, parties))
+        arrivals = await asyncio.gather(*map(self._arrival, deliveries, callers))
+        return list(await asyncio.gather(*map(self._second_look, deliveries, callers, arrivals)))
+
+    def keeps(self, party: str | None, refused: Refused) -> bool:
+        """Whether a refused message goes into quarantine: not of a flood, and never two at the cost of others'."""
+        if refused.reason in ("rate", "suspended"):
+            return False
+        return party is None or self._gate.may_quarantine(party, now=asyncio.get_running_loop().time())
+
+    def _party(self, delivery: Delivery) -> str | None:
+        party = self._limits.names.party_of(delivery.exchange)
+        return None if delivery.user_id != party else party
+
+    def _caller(self, delivery: Delivery, party: str | None) -> _Caller:
+        if party is None:
+            return _Caller(None, ANONYMOUS, None)
+        if party in self._shut_out:
+            refused: Refused | None = Refused("suspended", "its party is suspended")
+        else:
+            now = asyncio.get_running_loop().time()
+            refused = self._gate.refused(party, len(delivery.body), is_part=PART in delivery.headers, now=now)
+        return _Caller(party, Credentials(self._members.get(party), delivery.headers.get(SIGNATURE)), refused)
+
+    async def _arrival(self, delivery: Delivery, caller: _Caller) -> Arrival:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._decoders, arrive, delivery, self._limits, caller.credentials, caller.refused)
+
+    async def _second_look(self, delivery: Delivery, caller: _Caller, arrival: Arrival) -> Arrival:
+        """With the register's newest word, where the key that was known may have been given up."""
+        content = arrival.content
+        if caller.party is None or not isinstance(content, Refused) or content.reason != "signature":
+            return arrival
+        newest = await self._members.look_up(caller.party)
+        if newest == caller.credentials.membership:
+            return arrival
+        return await self._arrival(delivery, _Caller(caller.party, Credentials(newest, caller.credentials.signature), None))
+
+
+def arrive(delivery: Delivery, limits: Limits, credentials: Credentials = ANONYMOUS, refused: Refused | None = None) -> Arrival:
+    """Everything about a message that needs no state; for the threads that decode. One that is refused already is not decoded."""
+    size = len(delivery.body)
+    sender = identify(exchange=delivery.exchange, user_id=delivery.user_id, message_id=delivery.message_id, names=limits.names)
+    if isinstance(sender, Refused):
+        return Arrival(None, sender, size)
+    if refused is not None:
+        return Arrival(sender, refused, size, credentials)
+    try:
+        place = part_of(delivery.headers)
+    except DecodeError as exc:
+        return Arrival(sender, Refused("parts", str(exc)), size, credentials)
+    if place is not None:
+        return Arrival(sender, PartBody(place, delivery.body), size, credentials)
+    try:
+        return Arrival(sender, examine(delivery.body, sender, limits, credentials), size, credentials)
+    except Exception as exc:
+        # A message that no check foresaw must not stop the aggregator.
+        log.exception("a check failed on an update", party=sender.party, update_id=sender.update_id)
+        return Arrival(sender, Refused("malformed", f"checking it failed: {exc}"), size, credentials)

@@ -1,0 +1,108 @@
+"""Who is enrolled: what the federation's register says, as far as the aggregator knows it.
+
+The register may be away: what was known before, by the ledger too, goes on counting.
+"""
+
+import asyncio
+from collections.abc import Iterable, Mapping
+from typing import Protocol
+
+import structlog
+
+from broker_fl.errors import BrokerError
+from schemas.membership import SignedMembership
+
+log = structlog.get_logger(__name__)
+
+_REFRESH_S = 10.0
+_ASK_AGAIN_S = 2.0
+"""How soon the register is asked again for one party: a hostile one must not make the aggregator ask for every message."""
+
+
+class Register(Protocol):
+    """Kept on the broker. Its memberships are the federation's word: their signatures were checked. All raise BrokerError."""
+
+    async def all(self) -> Mapping[str, SignedMembership]:
+        """By party."""
+
+    async def one(self, party: str) -> SignedMembership | None: ...
+
+    async def suspend(self, party: str, reason: str) -> None:
+        """Writes it down, closes the party's connections, and keeps it out until an operator lets it in again."""
+
+
+class Members:
+    """The newest revision of each membership that was seen; for the event loop."""
+
+    def __init__(self, register: Register | None) -> None:
+        self._register = register
+        self._known: dict[str, SignedMembership] = {}
+        self._asked_at: dict[str, float] = {}
+
+    def learn(self, members: Iterable[SignedMembership]) -> None:
+        """An older revision than one that is known changes nothing: a broker could bring back a key that was given up."""
+        for signed in members:
+            member = signed.membership
+            known = self._known.get(member.party)
+            if known is None or known.membership.revision < member.revision:
+                self._known[member.party] = signed
+            elif known.membership.revision > member.revision:
+                log.error(
+                    "the register went back: the newer membership counts",
+                    party=member.party,
+                    known=known.membership.revision,
+                    found=member.revision,
+                )
+
+    def get(self, party: str) -> SignedMembership | None:
+        return self._known.get(party)
+
+    def parties(self) -> list[str]:
+        return sorted(self._known)
+
+    async def look_up(self, party: str) -> SignedMembership | None:
+        """Asks the register, unless it was asked for this party a moment ago."""
+        now = asyncio.get_running_loop().time()
+        asked = self._asked_at.get(party)
+        if self._register is not None and (asked is None or now - asked >= _ASK_AGAIN_S):
+            self._asked_at[party] = now
+            try:
+                found = await self._register.one(party)
+            except BrokerError as exc:
+                log.warning("the register of parties cannot be asked", party=party, reason=str(exc))
+            else:
+                self.learn(() if found is None else (found,))
+        return self.get(party)
+
+    async def refresh(self) -> None:
+        """All of them. Raises nothing: a register that is away changes nothing."""
+        if self._register is None:
+            return
+        try:
+            found = await self._register.all()
+        except BrokerError as exc:
+            log.warning("the register of parties cannot be read: what was known before counts", reason=str(exc))
+        else:
+            self.learn(found.values())
+
+    async def refresh_for_ever(self) -> None:
+        while True:
+            await asyncio.sleep(_REFRESH_S)
+            await self.refresh()
+
+    async def shut_out(self, suspended: Mapping[str, str]) -> list[str]:
+        """Closes the broker to the parties that the ledger suspended, where the register does not say so yet; gives whom."""
+        done = []
+        for party, reason in suspended.items():
+            known = self._known.get(party)
+            if self._register is None or known is None or known.membership.suspended:
+                continue
+            try:
+                await self._register.suspend(party, reason)
+                found = await self._register.one(party)
+            except BrokerError as exc:
+                log.error("a suspended party keeps its login: `broker-fl party suspend`", party=party, reason=str(exc))  # noqa: TRY400
+            else:
+                self.learn(() if found is None else (found,))
+                done.append(party)
+        return done
