@@ -12,7 +12,7 @@ import structlog
 
 from broker_fl.errors import BrokerUnavailableError, NotFoundError, PublishTimeoutError, UntrustedBrokerError, first_of
 from broker_fl.parameters import Vector
-from broker_fl.topology import Names
+from broker_fl.topology import EVALUATOR, Names
 from broker_fl.transports.following import Follower, ReceivedModel
 from broker_fl.transports.model_log import Pending, read_newest, read_queue
 from broker_fl.transports.retry import Backoff
@@ -63,7 +63,7 @@ class Evaluator:
         self._evaluate = evaluate
         self._names = Names(federation)
         self._follower = Follower(
-            federation=federation, manifest=manifest, initial=initial, name="evaluator", federation_key=federation_key
+            federation=federation, manifest=manifest, initial=initial, name=EVALUATOR, federation_key=federation_key
         )
         self._clock = clock
         self._observer = observer
@@ -112,7 +112,8 @@ class Evaluator:
 
     async def _listen(self, transport: Transport, pending: Pending, backoff: Backoff) -> None:
         """Its own queue on the fanout; and until that gives its first frame, the log, for what was broadcast before."""
-        async with transport.listen(self._names.model, name="evaluator") as feed, asyncio.TaskGroup() as group:
+        listening = transport.listen(self._names.model, name=EVALUATOR, queue=self._names.own_of(EVALUATOR))
+        async with listening as feed, asyncio.TaskGroup() as group:
             self._was_up = True
             backoff.reset()
             earlier = group.create_task(self._read_log(transport, pending))
