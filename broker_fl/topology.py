@@ -18,6 +18,18 @@ MIB = 1 << 20
 MOST_TOKENS = 4
 """That wait in the queue of the leaders; each aggregator that connects brings one. The one that is kept does not wait."""
 
+MOST_WAITING_BYTES = 4096 * MIB
+"""Of updates that no aggregator took yet."""
+MOST_OWN_BYTES = 1024 * MIB
+"""Of broadcasts in one queue of somebody who reads them besides the parties; and how long it may stay unread."""
+OWN_EXPIRES_S = 7 * 24 * 3600
+
+EVALUATOR = "evaluator"
+"""What its queues are called by: see `Names.own_of`."""
+
+SUSPENDED: Mapping[str, int] = {"max-connections": 0}
+"""The limits of a party that may not log in."""
+
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
@@ -51,6 +63,15 @@ class Policy:
     apply_to: Literal["queues"]
     definition: Mapping[str, Argument]
     priority: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class InboxLimits:
+    """What one party's receipts may take. They are in the ledger too, and sent again for an update that comes again."""
+
+    messages: int = 10_000
+    bytes: int = 64 * MIB
+    ttl_s: int = 30 * 24 * 3600
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +136,16 @@ class Names:
         """An exchange and its queue, which holds what the one aggregator at work keeps: aggregator/leadership.py."""
         return f"fl.{self.federation}.leader"
 
+    @property
+    def own(self) -> str:
+        """What the queues begin with that somebody binds to broadcasts or events besides the parties: an evaluator, a dashboard,
+        an archive."""
+        return f"fl.{self.federation}.own."
+
+    def own_of(self, reader: str) -> str:
+        """What the queues of one such reader begin with, for whoever listens."""
+        return f"{self.own}{reader}"
+
     def up(self, party: str) -> str:
         return f"fl.{self.federation}.up.{party}"
 
@@ -178,7 +209,8 @@ def policies(federation: str, *, model_bytes: int) -> tuple[Policy, ...]:
     segment_bytes = max(model_bytes, MIB)
     day_ms = 24 * 3600 * 1000
     definitions: dict[str, tuple[str, dict[str, Argument]]] = {
-        "updates": ("updates$", {"delivery-limit": 5}),
+        # Full, it refuses: senders come again. One that dropped its oldest would have them all sent again.
+        "updates": ("updates$", {"delivery-limit": 5, "max-length-bytes": MOST_WAITING_BYTES, "overflow": "reject-publish"}),
         "model.log": (
             r"model\.log$",
             {"max-length-bytes": 8 * segment_bytes, "stream-max-segment-size-bytes": segment_bytes},
@@ -194,6 +226,11 @@ def policies(federation: str, *, model_bytes: int) -> tuple[Policy, ...]:
         Policy(f"fl.{federation}.{name}", prefix + pattern, "queues", definition)
         for name, (pattern, definition) in definitions.items()
     )
+
+
+def policies_without_logs(federation: str) -> tuple[Policy, ...]:
+    """Those that need to know no model: what enrolment makes, since parties may send before there is an aggregator."""
+    return tuple(policy for policy in policies(federation, model_bytes=0) if not policy.name.endswith(".log"))
 
 
 def party(federation: str, name: str) -> Topology:
@@ -214,3 +251,50 @@ def party_permissions(federation: str, name: str) -> Permissions:
     names = Names(federation)
     readable = "|".join(re.escape(queue) for queue in (names.model_log, names.keyframe_log, names.inbox(name)))
     return Permissions(configure="^$", write=f"^{re.escape(names.up(name))}$", read=f"^({readable})$")
+
+
+def aggregator_permissions(federation: str) -> Permissions:
+    """All that is the federation's."""
+    own = f"^{re.escape(f'fl.{federation}.')}"
+    return Permissions(configure=own, write=own, read=own)
+
+
+def evaluator_permissions(federation: str) -> Permissions:
+    """Reads what is broadcast, through a queue of its own, and tells of it by events; nothing else."""
+    names = Names(federation)
+    readable = "|".join(
+        re.escape(name) for name in (names.model, names.keyframes, names.model_log, names.keyframe_log, names.events)
+    )
+    own = rf"{re.escape(names.own_of(EVALUATOR))}\..*"
+    return Permissions(
+        configure=f"^{own}$",
+        write=f"^({own}|{re.escape(names.events)})$",
+        read=f"^({own}|{readable})$",
+    )
+
+
+def operator_policies(federation: str, inbox: InboxLimits | None = None) -> tuple[Policy, ...]:
+    """What no other policy may exceed: neither updates that nobody takes, nor receipts and broadcasts that nobody reads, may fill
+    the broker's disk, which would stop everybody.
+
+    Operator policies know no `overflow`: it is the policy of the same queue that has the updates refused, and not dropped.
+    """
+    inbox = inbox or InboxLimits()
+    prefix = "^" + re.escape(f"fl.{federation}.")
+    definitions: dict[str, tuple[str, dict[str, Argument]]] = {
+        "updates": ("updates$", {"max-length-bytes": MOST_WAITING_BYTES}),
+        "inbox": (
+            r"inbox\.",
+            {"message-ttl": 1000 * inbox.ttl_s, "max-length": inbox.messages, "max-length-bytes": inbox.bytes},
+        ),
+        "own": (r"own\.", {"expires": 1000 * OWN_EXPIRES_S, "max-length-bytes": MOST_OWN_BYTES}),
+    }
+    return tuple(
+        Policy(f"fl.{federation}.{name}", prefix + pattern, "queues", definition)
+        for name, (pattern, definition) in definitions.items()
+    )
+
+
+def party_limits(*, connections: int, channels: int) -> dict[str, int]:
+    """User limits, as RabbitMQ has them: of what is open at a time."""
+    return {"max-connections": connections, "max-channels": channels}
