@@ -6,6 +6,8 @@ sends again what was not confirmed. Publishing and consuming use connections of 
 """
 
 import asyncio
+import secrets
+import ssl
 import struct
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager, suppress
@@ -14,6 +16,7 @@ from dataclasses import dataclass, field
 import aio_pika
 import aiormq
 import aiormq.exceptions as rmq
+import pamqp.decode
 from aio_pika.abc import (
     AbstractChannel,
     AbstractConnection,
@@ -39,6 +42,7 @@ from broker_fl.errors import (
     TopologyConflictError,
     UnroutableError,
 )
+from broker_fl.tls import explained, tls_context
 from broker_fl.topology import Topology
 from broker_fl.transports.transport import Connect, Delivery, Header, Message, Start, Transport
 
@@ -51,14 +55,26 @@ _unmarshal = ContentHeader.unmarshal
 def _unmarshal_what_can_be(header: ContentHeader, data: bytes) -> None:
     """RabbitMQ passes on properties that pamqp cannot decode (a date after 9999, text that is not UTF-8, ever deeper tables), and
     aiormq ends the connection over them: one hostile message, and all that were prefetched with it go back. It comes without any.
+
+    And some that aio_pika cannot take (4.0: any delivery mode), which would then be neither delivered nor acknowledged: 64 of
+    them, and nothing comes any more. Nobody here looks at those.
     """
     try:
         _unmarshal(header, data)
     except (ValueError, ArithmeticError, OSError, RecursionError):
         header.properties = Basic.Properties()
+    header.properties.delivery_mode = header.properties.expiration = header.properties.timestamp = None
+
+
+def _routing_key(value: bytes) -> tuple[int, str]:
+    """It may be any bytes, which must not end the connection either."""
+    length = int.from_bytes(value[:1], "big")
+    return length + 1, value[1 : length + 1].decode("utf-8", "replace")
 
 
 ContentHeader.unmarshal = _unmarshal_what_can_be  # type: ignore[method-assign, assignment]
+pamqp.decode.METHODS["any shortstr"] = _routing_key
+Basic.Deliver._routing_key = "any shortstr"  # noqa: SLF001
 
 
 def amqp_connect(settings: BrokerSettings) -> Connect:
@@ -70,41 +86,68 @@ def amqp_connect(settings: BrokerSettings) -> Connect:
 
 @asynccontextmanager
 async def _open(settings: BrokerSettings, *, name: str) -> AsyncIterator["AmqpTransport"]:
+    user = settings.user()
+    tls = await asyncio.to_thread(tls_context, settings) if settings.is_tls else None
     async with AsyncExitStack() as stack:
-        publishing = await stack.enter_async_context(_connection(settings, name=f"{name} (publish)"))
-        consuming = await stack.enter_async_context(_connection(settings, name=name))
+        publishing = await stack.enter_async_context(_connection(settings, tls, user=user, name=f"{name} (publish)"))
+        consuming = await stack.enter_async_context(_connection(settings, tls, user=user, name=name))
         with _mapped("opening a channel"):
             channel = await publishing.channel(publisher_confirms=True, on_return_raises=True)
-        yield AmqpTransport(settings, consuming=consuming, channel=channel)
+        yield AmqpTransport(settings, user=user, consuming=consuming, channel=channel)
 
 
 @asynccontextmanager
-async def _connection(settings: BrokerSettings, *, name: str) -> AsyncIterator[AbstractConnection]:
+async def _connection(
+    settings: BrokerSettings, tls: ssl.SSLContext | None, *, user: str, name: str
+) -> AsyncIterator[AbstractConnection]:
+    url = aio_pika.connection.make_url(settings.url.get_secret_value(), heartbeat=settings.heartbeat_s)
+    if settings.logs_in_by_certificate:
+        url = url.update_query(auth="EXTERNAL")
+    connection = aio_pika.Connection(url, ssl_context=tls, client_properties={"connection_name": name})
+    # One that was not opened is closed too: else it closes itself when it is collected, in whatever thread.
     try:
-        connection = await aio_pika.connect(
-            settings.url.get_secret_value(),
-            timeout=_CONNECT_TIMEOUT_S,
-            client_properties={"connection_name": name},
-            heartbeat=settings.heartbeat_s,
-        )
-    except (rmq.AuthenticationError, rmq.ProbableAuthenticationError) as exc:
-        raise AuthenticationError(
-            f"the broker at {settings.address()} refuses the login of {settings.user()!r}: wrong password, or not enrolled"
-        ) from exc
-    except (*CONNECTION_EXCEPTIONS, TimeoutError) as exc:
-        if "Connection.Close" in str(exc):  # How aiormq 7.2 tells that the broker answered Open with Close.
-            raise NotFoundError(
-                f"the broker at {settings.address()} does not open this vhost to {settings.user()!r}: "
-                "it is missing, the user has no permissions in it, or too many connections"
-            ) from exc
-        raise BrokerUnavailableError(
-            f"no broker answers at {settings.address()} ({_reason(exc)}): is RabbitMQ running there, "
-            "and is [broker] url right? `broker-fl demo --keep` starts one to try"
-        ) from exc
-    try:
+        try:
+            await connection.connect(timeout=_CONNECT_TIMEOUT_S)
+        except (*CONNECTION_EXCEPTIONS, TimeoutError) as exc:
+            raise await _not_connected(settings, tls, exc, user=user) from exc
         yield connection
     finally:
         await _close(connection)
+
+
+async def _not_connected(settings: BrokerSettings, tls: ssl.SSLContext | None, exc: BaseException, *, user: str) -> BrokerError:
+    where = f"the broker at {settings.address()}"
+    if isinstance(exc, rmq.AuthenticationError | rmq.ProbableAuthenticationError):
+        return _no_login(settings, exc, where=where, user=user)
+    if tls is not None:
+        own = f"the certificate of {user!r}" if settings.logs_in_by_certificate else None
+        found = await explained(exc, where=where, address=settings.host_and_port(), context=tls, own=own)
+        if found is not None:
+            return found
+    if "Connection.Close" in str(exc):  # How aiormq 7.2 tells that the broker answered Open with Close.
+        return NotFoundError(
+            f"{where} does not open this vhost to {user!r}: it is missing, or the user has no permissions in it, is suspended "
+            "or has too many connections"
+        )
+    return BrokerUnavailableError(
+        f"no broker answers at {settings.address()} ({_reason(exc)}): is RabbitMQ running there, "
+        "and is [broker] url right (amqps:// for TLS)? `broker-fl demo --keep` starts one to try"
+    )
+
+
+def _no_login(settings: BrokerSettings, exc: Exception, *, where: str, user: str) -> BrokerError:
+    by_certificate = settings.logs_in_by_certificate
+    if isinstance(exc, rmq.ProbableAuthenticationError):
+        why = "the broker has no user of this certificate's name" if by_certificate else "wrong password, or not enrolled"
+        return AuthenticationError(f"{where} refuses the login of {user!r}: {why}")
+    if by_certificate:
+        return AuthenticationError(
+            f"{where} offers no login by certificate: turn on its plugin rabbitmq_auth_mechanism_ssl and the mechanism "
+            "EXTERNAL, or give a password in [broker] url"
+        )
+    return AuthenticationError(
+        f"{where} takes no passwords: set [broker] certificate and certificate_key, and no password in url"
+    )
 
 
 async def _close(opened: AbstractConnection | AbstractChannel) -> None:
@@ -169,8 +212,9 @@ def _precondition(text: str) -> BrokerError:
 
 
 class AmqpTransport:
-    def __init__(self, settings: BrokerSettings, *, consuming: AbstractConnection, channel: AbstractChannel) -> None:
+    def __init__(self, settings: BrokerSettings, *, user: str, consuming: AbstractConnection, channel: AbstractChannel) -> None:
         self._settings = settings
+        self._user = user
         self._consuming = consuming
         self._channel = channel
         self._exchanges: dict[str, AbstractExchange] = {}
@@ -178,7 +222,7 @@ class AmqpTransport:
 
     @property
     def user(self) -> str:
-        return self._settings.user()
+        return self._user
 
     async def declare(self, topology: Topology) -> None:
         with _mapped("declaring"):
@@ -267,11 +311,15 @@ class AmqpTransport:
             yield subscription
 
     @asynccontextmanager
-    async def listen(self, exchange: str, *, routing_key: str = "", name: str) -> AsyncIterator["AmqpSubscription"]:
+    async def listen(
+        self, exchange: str, *, routing_key: str = "", name: str, queue: str = ""
+    ) -> AsyncIterator["AmqpSubscription"]:
+        # Of a connection that was lost, the broker may hold the queue for a while: each has a name that no other had.
+        own_name = f"{queue}.{secrets.token_hex(4)}" if queue else None
         async with self._channel_for(_LOG_PREFETCH) as channel:
             subscription = AmqpSubscription(channel, what=exchange, acknowledges_itself=True)
             with _mapped(f"listening to {exchange}"):
-                own = await channel.declare_queue(exclusive=True, auto_delete=True)
+                own = await channel.declare_queue(own_name, exclusive=True, auto_delete=True)
                 await own.bind(exchange, routing_key=routing_key)
                 await subscription.start(own, name=name)
             yield subscription

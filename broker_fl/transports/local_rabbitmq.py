@@ -64,6 +64,18 @@ class _PortTakenError(LocalBrokerError):
 
 
 @dataclass(frozen=True, slots=True)
+class NodeTls:
+    """What a node needs to speak TLS alone. Who logs in shows a certificate of `ca` that is not revoked; its common name is the
+    user."""
+
+    ca: Path
+    certificate: Path
+    key: Path
+    revocations: Path
+    """The folder of lists, as Certificates.revocations. The node reads it at every handshake."""
+
+
+@dataclass(frozen=True, slots=True)
 class _Settings:
     amqp_port: int | None
     management_port: int | None
@@ -72,6 +84,7 @@ class _Settings:
     boot_timeout_s: float
     stop_timeout_s: float
     keep: bool
+    tls: NodeTls | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,12 +211,20 @@ class LocalRabbitMQ:
     _processes: _Processes = field(repr=False, compare=False)
 
     @property
+    def is_tls(self) -> bool:
+        return self._processes.settings.tls is not None
+
+    @property
     def url(self) -> str:
+        """Of a node with TLS, without a login: that is by certificate."""
+        if self.is_tls:
+            return f"amqps://{HOST}:{self.amqp_port}/"
         return f"amqp://{self.user}:{self.password.get_secret_value()}@{HOST}:{self.amqp_port}/"
 
     @property
     def management_url(self) -> str:
-        return f"http://{self.user}:{self.password.get_secret_value()}@{HOST}:{self.management_port}"
+        scheme = "https" if self.is_tls else "http"
+        return f"{scheme}://{self.user}:{self.password.get_secret_value()}@{HOST}:{self.management_port}"
 
     @property
     def pid(self) -> int:
@@ -247,6 +268,7 @@ async def local_rabbitmq(
     boot_timeout_s: float = 60.0,
     stop_timeout_s: float = 20.0,
     keep: bool = False,
+    tls: NodeTls | None = None,
 ) -> AsyncIterator[LocalRabbitMQ]:
     """A node with the management plugin, on free ports where none are given; ready to work when the body starts.
 
@@ -254,6 +276,7 @@ async def local_rabbitmq(
     `stop_timeout_s`: what an orderly end may take before the kill; it takes 6 s with nothing in the node. With 0 it is
     killed, and only clients can tell, since its folder goes anyway.
     `keep`: the node, its epmd and its folder stay when the body ends, and outlive this process.
+    `tls`: the two ports speak TLS, and AMQP logs in by certificate alone; the management API has its password still.
     """
     settings = _Settings(
         amqp_port=amqp_port,
@@ -263,6 +286,7 @@ async def local_rabbitmq(
         boot_timeout_s=boot_timeout_s,
         stop_timeout_s=stop_timeout_s,
         keep=keep,
+        tls=tls,
     )
     password = SecretStr(secrets.token_hex(16))
     processes = await _boot(_installed(), settings, password)
@@ -292,12 +316,14 @@ def find_rabbitmq() -> Path | None:
     return _program([*SERVER_PLACES, *(f"{folder}/rabbitmq-server" for folder in path)])
 
 
-def _find_epmd() -> Path | None:
+def _find_epmd(server: Path | None) -> Path | None:
+    """The one beside the server, where that brings its own Erlang; else the machine's."""
+    beside = [str(server.with_name("epmd"))] if server else []
     on_path = shutil.which("epmd", path=_search_path())
     erl = shutil.which("erl", path=_search_path())
     roots = [*([Path(erl).resolve().parent.parent] if erl else []), *map(Path, ERLANG_PLACES)]
     in_roots = [str(place) for root in roots for place in (root / "bin/epmd", *sorted(root.glob("erts-*/bin/epmd")))]
-    return _program([*([on_path] if on_path else []), *in_roots])
+    return _program([*beside, *([on_path] if on_path else []), *in_roots])
 
 
 def _program(places: Iterable[str]) -> Path | None:
@@ -309,7 +335,8 @@ def _search_path() -> str:
 
 
 def _installed() -> _Programs:
-    server, epmd = find_rabbitmq(), _find_epmd()
+    server = find_rabbitmq()
+    epmd = _find_epmd(server)
     if server is None:
         raise LocalBrokerError(
             "no rabbitmq-server was found: install it (apt install rabbitmq-server, or brew install rabbitmq), "
@@ -324,7 +351,7 @@ async def _boot(programs: _Programs, settings: _Settings, password: SecretStr, *
     ports = _choose_ports(settings.amqp_port, settings.management_port)
     processes = _Processes(programs, settings, ports, Path(tempfile.mkdtemp(prefix="broker-fl-rabbitmq-")))
     try:
-        _write_files(processes.folder, _configuration(ports, settings, password))
+        _write_files(processes.folder, _configuration(ports, settings, password), settings.tls)
         await processes.boot()
     except BaseException as exc:
         processes.remove()
@@ -367,9 +394,7 @@ def _listens(port: int) -> bool:
 
 def _configuration(ports: _Ports, settings: _Settings, password: SecretStr) -> str:
     lines = [
-        f"listeners.tcp.1 = {HOST}:{ports.amqp}",
-        f"management.tcp.ip = {HOST}",
-        f"management.tcp.port = {ports.management}",
+        *(_plain_listeners(ports) if settings.tls is None else _tls_listeners(ports, settings.tls)),
         "management.rates_mode = basic",
         f"collect_statistics_interval = {settings.statistics_interval_ms}",
         f"default_user = {USER}",
@@ -388,9 +413,53 @@ def _configuration(ports: _Ports, settings: _Settings, password: SecretStr) -> s
     return "".join(f"{line}\n" for line in lines)
 
 
-def _write_files(folder: Path, configuration: str) -> None:
+def _plain_listeners(ports: _Ports) -> list[str]:
+    return [
+        f"listeners.tcp.1 = {HOST}:{ports.amqp}",
+        f"management.tcp.ip = {HOST}",
+        f"management.tcp.port = {ports.management}",
+    ]
+
+
+def _tls_listeners(ports: _Ports, tls: NodeTls) -> list[str]:
+    return [
+        "listeners.tcp = none",
+        f"listeners.ssl.1 = {HOST}:{ports.amqp}",
+        "auth_mechanisms.1 = EXTERNAL",
+        "ssl_cert_login_from = common_name",
+        f"management.ssl.ip = {HOST}",
+        f"management.ssl.port = {ports.management}",
+        f"management.ssl.cacertfile = {tls.ca}",
+        f"management.ssl.certfile = {tls.certificate}",
+        f"management.ssl.keyfile = {tls.key}",
+    ]
+
+
+def _advanced(tls: NodeTls) -> str:
+    """rabbitmq.conf has no key for the folder of revoked certificates, and what it says of ssl_options is lost beside this."""
+    ca, certificate, key, revocations = map(_erlang_string, (tls.ca, tls.certificate, tls.key, tls.revocations))
+    return f"""\
+[{{rabbit, [{{ssl_options, [
+  {{cacertfile, {ca}}}, {{certfile, {certificate}}}, {{keyfile, {key}}},
+  {{versions, ['tlsv1.3', 'tlsv1.2']}},
+  {{verify, verify_peer}}, {{fail_if_no_peer_cert, true}},
+  {{crl_check, peer}}, {{crl_cache, {{ssl_crl_hash_dir, {{internal, [{{dir, {revocations}}}]}}}}}},
+  %% A resumed session shows no certificate: one that was revoked meanwhile would still do.
+  {{reuse_sessions, false}}
+]}}]}}].
+"""
+
+
+def _erlang_string(path: Path) -> str:
+    escaped = str(path.absolute()).replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
+
+
+def _write_files(folder: Path, configuration: str, tls: NodeTls | None) -> None:
+    plugins = ["rabbitmq_management", *([] if tls is None else ["rabbitmq_auth_mechanism_ssl"])]
     (folder / "rabbitmq.conf").write_text(configuration)
-    (folder / "enabled_plugins").write_text("[rabbitmq_management].\n")
+    (folder / "advanced.config").write_text("[].\n" if tls is None else _advanced(tls))
+    (folder / "enabled_plugins").write_text(f"[{','.join(plugins)}].\n")
     # Without a HOME for the cookie the node crashes at boot.
     (folder / "home").mkdir()
 
@@ -415,6 +484,7 @@ def _broker_environment(folder: Path, ports: _Ports, *, statistics_interval_ms: 
         "RABBITMQ_LOG_BASE": str(folder / "log"),
         "RABBITMQ_PID_FILE": str(folder / "rabbit.pid"),
         "RABBITMQ_CONFIG_FILE": str(folder / "rabbitmq.conf"),
+        "RABBITMQ_ADVANCED_CONFIG_FILE": str(folder / "advanced.config"),
         "RABBITMQ_CONF_ENV_FILE": str(folder / "none"),
         "RABBITMQ_ENABLED_PLUGINS_FILE": str(folder / "enabled_plugins"),
         "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": _vm_arguments(statistics_interval_ms),
