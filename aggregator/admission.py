@@ -127,10 +127,11 @@ def _unsigned(update: ModelUpdate, credentials: Credentials, *, digest: str, led
     key = credentials.membership.membership.public_key
     if key is None:
         return Refused("signature", f"party {update.party!r} was enrolled without a key: `broker-fl party rotate` gives it one")
-    if update.ledger != ledger:
-        return Refused("signature", f"was made for ledger {(update.ledger or 'none')[:12]}, not {ledger[:12]}")
     if not is_signed("update", update_statement(update, payload_digest=digest), credentials.signature, by=key):
         return Refused("signature", f"is not signed by the key {key[:12]} that party {update.party!r} was enrolled with")
+    if update.ledger != ledger:
+        # Nobody's fault: of what a party has in its outbox where the federation begins anew.
+        return Refused("base", f"was trained from a frame of ledger {(update.ledger or 'none')[:12]}, not {ledger[:12]}")
     return None
 
 

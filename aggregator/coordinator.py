@@ -34,7 +34,7 @@ from aggregator.records import Entry, FrameRow, Lead, SnapshotRow
 from aggregator.recovery import recover, recover_held
 from aggregator.snapshots import Snapshots, Stored, epoch_of
 from aggregator.spool import Spool
-from aggregator.trust import REMEMBERED_ENTRIES, Judgement, Trust, signed_membership_of
+from aggregator.trust import REMEMBERED_ENTRIES, Judgement, Suspension, Trust, signed_membership_of
 from broker_fl.config import MergingSettings, TrustSettings
 from broker_fl.errors import ConfigurationError, DamagedError, ManifestMismatchError
 from broker_fl.failpoints import reach
@@ -75,13 +75,13 @@ class Coordinator:
     def __init__(
         self, ledger: Ledger, snapshots: Snapshots, rules: Rules, *, clock: Clock, holder: str = "an aggregator"
     ) -> None:
-        """`holder` is what others read about who leads the ledger."""
+        """`holder` is what others read about who leads the ledger, there and in RabbitMQ's console."""
         self._ledger = ledger
         self._snapshots = snapshots
         self._rules = rules
         self._plan = rules.plan
         self._clock = clock
-        self._holder = holder
+        self.holder = holder
         self._spool = Spool(ledger, max_update_bytes=rules.limits.max_update_bytes)
         self._strategy: Strategy = build_strategy(rules.merging, noise_key=ledger.noise_key())
         self._state = State(version=0, model=np.empty(0, dtype=np.float32))
@@ -103,7 +103,7 @@ class Coordinator:
         """
         # Before anybody is fenced: whoever is here by mistake must not stop those at work.
         self._check_identity(self._ledger.facts())
-        self._ledger.take_lead(self._holder, at=self._clock())
+        self._ledger.take_lead(self.holder, at=self._clock())
         reach("aggregator.lead")
         facts = self._ledger.facts()
         self._check_identity(facts)
@@ -192,8 +192,8 @@ class Coordinator:
         newest = {entry.party: entry for entry in self._ledger.entries_of("party")}
         return [signed_membership_of(entry) for entry in newest.values()]
 
-    def shut_out(self) -> dict[str, str]:
-        """The parties that this ledger suspended and no operator took back, and why."""
+    def shut_out(self) -> dict[str, Suspension]:
+        """The parties that this ledger suspended, and no operator took back as far as it knows."""
         return {} if self._trust is None else self._trust.shut_out()
 
     def close(self) -> None:
@@ -384,17 +384,19 @@ class Coordinator:
         """The entries that it makes: what is known of the party now, the decision, and the party's suspension, as far as there
         are any."""
         sender, content, size = arrival.sender, arrival.content, arrival.size
-        if sender is None:
-            self.counts["refused"] += 1
-            return Verdict(refused=content if isinstance(content, Refused) else None, size=size), []
-        known = decided.get((sender.party, sender.update_id))
-        if known is not None:
-            return self._duplicate(known, sender, size), []
+        party = arrival.party if sender is None else sender.party
         enrolled = self._enrolled(arrival.credentials.membership)
-        if self._trust is not None and (why := self._trust.suspended(sender.party)) is not None:
+        if self._trust is not None and party is not None and (why := self._trust.suspended(party)) is not None:
             # One entry says that the party is shut out; one for each message would let it fill the disk.
             self.counts["dropped"] += 1
-            return Verdict(refused=Refused("suspended", why), size=size, party=sender.party), enrolled
+            return Verdict(refused=Refused("suspended", why), size=size, party=party), enrolled
+        known = None if sender is None else decided.get((sender.party, sender.update_id))
+        is_too_often = known is not None and isinstance(content, Refused) and content.reason == "rate"
+        if sender is None or is_too_often:
+            verdict, suspension = self._unanswered(arrival, party)
+            return verdict, [*enrolled, *suspension]
+        if known is not None:
+            return self._duplicate(known, sender, size), enrolled
         if isinstance(content, PartBody):
             whole = self._spool.take(sender, content, now=self._clock())
             if whole is None:
@@ -405,6 +407,18 @@ class Coordinator:
         verdict, entry = self._settle(sender, content, size)
         suspension = self._weigh(entry)
         return replace(verdict, epsilon=epsilon, suspends=bool(suspension)), [*enrolled, entry, *suspension]
+
+    def _unanswered(self, arrival: Arrival, party: str | None) -> tuple[Verdict, list[Entry]]:
+        """Of a message that makes no entry and gets no receipt: it says no id, or one that was decided already and comes too
+        often. It counts for its party's score all the same, which may end in a suspension."""
+        self.counts["refused"] += 1
+        refused = arrival.content if isinstance(arrival.content, Refused) else None
+        verdict = Verdict(refused=refused, size=arrival.size, party=None if arrival.sender is None else party)
+        if self._trust is None or party is None or refused is None:
+            return verdict, []
+        self._trust.strike(party, refused.reason)
+        suspension = self._suspension(party, f"the last message was refused: {refused.reason}, {refused.detail}")
+        return replace(verdict, suspends=bool(suspension)), suspension
 
     def _enrolled(self, signed: SignedMembership | None) -> list[Entry]:
         """What the ledger did not know yet of a party."""
@@ -423,12 +437,15 @@ class Coordinator:
         if self._trust is None:
             return []
         self._trust.remember([entry])
-        party = entry.party or ""
-        score = self._trust.below_threshold(party)
-        if score is None:
+        return self._suspension(entry.party or "", f"the last update was refused: {entry.reason}, {entry.detail}")
+
+    def _suspension(self, party: str, why: str) -> list[Entry]:
+        """Where its score is too low by now."""
+        score = None if self._trust is None else self._trust.below_threshold(party)
+        if self._trust is None or score is None:
             return []
         member = self._trust.member(party)
-        detail = f"its score fell to {score:.2f}; the last update was refused: {entry.reason}, {entry.detail}"
+        detail = f"its score fell to {score:.2f}; {why}"
         self._seq += 1
         suspension = suspension_entry(
             self._seq,

@@ -30,6 +30,8 @@ class Arrival:
     content: Examined | Refused | PartBody
     size: int
     credentials: Credentials = ANONYMOUS
+    party: str | None = None
+    """Where the sender's id or name is missing, whose exchange it came through: nobody else may write to that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,11 @@ class Verdict:
     """Where it was dropped without a receipt."""
     suspends: bool = False
     """The party, from now on."""
+
+    @property
+    def is_late_suspension(self) -> bool:
+        """The door took the party for suspended, and the ledger knows better."""
+        return self.refused is not None and self.refused.reason == "suspended" and self.receipt is not None
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,10 +51,11 @@ class Candidate:
 
 
 @asynccontextmanager
-async def candidacy(transport: Transport, names: Names) -> AsyncIterator[Candidate]:
-    """Stands for election while inside; whoever was elected leads until the end of it."""
+async def candidacy(transport: Transport, names: Names, *, name: str = "aggregator") -> AsyncIterator[Candidate]:
+    """Stands for election while inside; whoever was elected leads until the end of it. `name` is what an operator reads of it in
+    the console."""
     await transport.declare(leadership(names.federation))
     # Whoever comes brings a token, so that there is always one, whatever became of the queue.
     await transport.publish(Message(names.leader, b"", message_id="token"))
-    async with transport.consume(names.leader, prefetch=_TOKENS_AT_A_TIME, name="aggregator") as tokens:
+    async with transport.consume(names.leader, prefetch=_TOKENS_AT_A_TIME, name=name) as tokens:
         yield Candidate(transport, tokens, names)

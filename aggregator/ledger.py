@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, replace
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Select, delete, func, insert, select, tuple_, update
+from sqlalchemy import ColumnElement, Connection, Float, Select, delete, func, insert, select, tuple_, update
 from sqlalchemy.exc import IntegrityError
 
 from aggregator.chain import genesis, link
@@ -44,6 +44,7 @@ NOISE_KEY = "noise_key"
 FEDERATION_KEY = "federation_key"
 """The public key that frames and memberships are signed by."""
 _WITHOUT_PAYLOAD = [column for column in ENTRIES.c if column.name != "payload"]
+_NUMBERS = [column.name for column in ENTRIES.c if isinstance(column.type, Float)]
 _READ_ENTRIES = 256
 _READ_BYTES = 32 << 20
 
@@ -500,10 +501,8 @@ class Ledger:
 
 def _storable(entry: Entry) -> Entry:
     """SQLite keeps -0.0 as 0: the chain must not hold what cannot be read again."""
-    loss, weight = entry.train_loss, entry.weight
-    return replace(
-        entry, at=entry.at + 0.0, train_loss=None if loss is None else loss + 0.0, weight=None if weight is None else weight + 0.0
-    )
+    zeros: dict[str, Any] = {name: 0.0 for name in _NUMBERS if getattr(entry, name) == 0}
+    return replace(entry, **zeros) if zeros else entry
 
 
 def _droppable(upto: int) -> ColumnElement[bool]:

@@ -81,7 +81,17 @@ def _facts(verdict: Verdict) -> UpdateFacts:
     )
 
 
-_KEPT_HEADERS = ("x-fl-party", "x-fl-sequence", "x-fl-base-version", "x-fl-codec", "x-fl-bytes", SIGNATURE, PART, PARTS)
+_KEPT_HEADERS = (
+    "x-fl-party",
+    "x-fl-sequence",
+    "x-fl-base-version",
+    "x-fl-codec",
+    "x-fl-bytes",
+    "x-fl-at",
+    SIGNATURE,
+    PART,
+    PARTS,
+)
 _HEADER_LENGTH = 200
 
 

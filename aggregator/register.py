@@ -9,6 +9,7 @@ from typing import Protocol
 
 import structlog
 
+from aggregator.trust import Suspension
 from broker_fl.errors import BrokerError
 from schemas.membership import SignedMembership
 
@@ -17,6 +18,8 @@ log = structlog.get_logger(__name__)
 _REFRESH_S = 10.0
 _ASK_AGAIN_S = 2.0
 """How soon the register is asked again for one party: a hostile one must not make the aggregator ask for every message."""
+_ANSWERS_WITHIN_S = 2.0
+"""All updates wait for what is asked for one party."""
 
 
 class Register(Protocol):
@@ -38,6 +41,8 @@ class Members:
         self._register = register
         self._known: dict[str, SignedMembership] = {}
         self._asked_at: dict[str, float] = {}
+        self._half_done: set[str] = set()
+        """Suspensions that the register may say already, while connections are still open."""
 
     def learn(self, members: Iterable[SignedMembership]) -> None:
         """An older revision than one that is known changes nothing: a broker could bring back a key that was given up."""
@@ -62,17 +67,22 @@ class Members:
 
     async def look_up(self, party: str) -> SignedMembership | None:
         """Asks the register, unless it was asked for this party a moment ago."""
-        now = asyncio.get_running_loop().time()
+        loop = asyncio.get_running_loop()
         asked = self._asked_at.get(party)
-        if self._register is not None and (asked is None or now - asked >= _ASK_AGAIN_S):
-            self._asked_at[party] = now
+        if self._register is not None and (asked is None or loop.time() - asked >= _ASK_AGAIN_S):
+            self._asked_at[party] = loop.time()
             try:
-                found = await self._register.one(party)
-            except BrokerError as exc:
-                log.warning("the register of parties cannot be asked", party=party, reason=str(exc))
-            else:
-                self.learn(() if found is None else (found,))
+                async with asyncio.timeout(_ANSWERS_WITHIN_S):
+                    await self._ask(self._register, party)
+            except (BrokerError, TimeoutError) as exc:
+                log.warning("the register of parties cannot be asked", party=party, reason=str(exc) or "no answer")
+            # Of when it answered: it may take longer than that.
+            self._asked_at[party] = loop.time()
         return self.get(party)
+
+    async def _ask(self, register: Register, party: str) -> None:
+        found = await register.one(party)
+        self.learn(() if found is None else (found,))
 
     async def refresh(self) -> None:
         """All of them. Raises nothing: a register that is away changes nothing."""
@@ -90,19 +100,41 @@ class Members:
             await asyncio.sleep(_REFRESH_S)
             await self.refresh()
 
-    async def shut_out(self, suspended: Mapping[str, str]) -> list[str]:
+    def still_out(self, suspended: Mapping[str, Suspension]) -> dict[str, Suspension]:
+        """Those of whom the register has nothing newer than their suspension, but that: an operator may have taken it back."""
+        return {party: suspension for party, suspension in suspended.items() if not self._is_taken_back(party, suspension)}
+
+    def _is_taken_back(self, party: str, suspension: Suspension) -> bool:
+        known = self._known.get(party)
+        return known is not None and known.membership.revision > suspension.revision and not known.membership.suspended
+
+    async def shut_out(self, suspended: Mapping[str, Suspension]) -> list[str]:
         """Closes the broker to the parties that the ledger suspended, where the register does not say so yet; gives whom."""
+        if self._register is None:
+            return []
         done = []
-        for party, reason in suspended.items():
-            known = self._known.get(party)
-            if self._register is None or known is None or known.membership.suspended:
-                continue
+        for party, suspension in suspended.items():
             try:
-                await self._register.suspend(party, reason)
-                found = await self._register.one(party)
+                if await self._shut_out(self._register, party, suspension):
+                    done.append(party)
             except BrokerError as exc:
                 log.error("a suspended party keeps its login: `broker-fl party suspend`", party=party, reason=str(exc))  # noqa: TRY400
-            else:
-                self.learn(() if found is None else (found,))
-                done.append(party)
         return done
+
+    async def _shut_out(self, register: Register, party: str, suspension: Suspension) -> bool:
+        if self._is_done(party):
+            return False
+        # What is known may be of the ledger alone, and an operator have been here since.
+        await self._ask(register, party)
+        if party not in self._known or self._is_done(party) or self._is_taken_back(party, suspension):
+            self._half_done.discard(party)
+            return False
+        self._half_done.add(party)
+        await register.suspend(party, suspension.reason)
+        self._half_done.discard(party)
+        await self._ask(register, party)
+        return True
+
+    def _is_done(self, party: str) -> bool:
+        known = self._known.get(party)
+        return known is not None and known.membership.suspended and party not in self._half_done

@@ -186,7 +186,7 @@ class Aggregator:
             try:
                 async with (
                     self._connect(f"aggregator:{self._names.federation}") as transport,
-                    candidacy(transport, self._names) as candidate,
+                    candidacy(transport, self._names, name=self._coordinator.holder) as candidate,
                 ):
                     was_up = True
                     backoff.reset()
@@ -359,12 +359,12 @@ class Aggregator:
         """What the ledger decided about parties, done on the broker too; until it is, it is tried again."""
         while True:
             self._suspends.clear()
-            suspended = await self._in_ledger(self._coordinator.shut_out)
+            suspended = self._members.still_out(await self._in_ledger(self._coordinator.shut_out))
             self._reception.shut_out(suspended)
-            for party, reason in suspended.items():
+            for party, suspension in suspended.items():
                 if party not in self._told_suspended:
                     self._told_suspended.add(party)
-                    await self._tell(transport, "party.suspended", {"party": party, "reason": reason[:_EVENT_TEXT]})
+                    await self._tell(transport, "party.suspended", {"party": party, "reason": suspension.reason[:_EVENT_TEXT]})
             self._told_suspended &= suspended.keys()
             for party in await self._members.shut_out(suspended):
                 log.warning("a suspended party's connections were closed", party=party)
@@ -397,7 +397,7 @@ class Aggregator:
         examined: asyncio.Queue[Examination | None] = asyncio.Queue(maxsize=_GROUPS_AHEAD)
         decided: asyncio.Queue[Decision | None] = asyncio.Queue(maxsize=2)
         async with (
-            transport.consume(self._names.updates, prefetch=self._pace.prefetch, name="aggregator") as subscription,
+            transport.consume(self._names.updates, prefetch=self._pace.prefetch, name=self._coordinator.holder) as subscription,
             asyncio.TaskGroup() as group,
         ):
             examining = group.create_task(self._examine_groups(subscription, examined))
@@ -432,7 +432,7 @@ class Aggregator:
                 group = Examination(group.deliveries + more.deliveries, group.arrivals + more.arrivals)
             decision = await self._in_ledger(self._decide, group)
             self._frame_waits.set()
-            if any(verdict.suspends for verdict in decision.verdicts):
+            if any(verdict.suspends or verdict.is_late_suspension for verdict in decision.verdicts):
                 self._suspends.set()
             await decided.put(decision)
         await decided.put(None)
@@ -478,7 +478,7 @@ class Aggregator:
     async def _answer(self, transport: Transport, delivery: Delivery, verdict: Verdict, receipt: Message | None) -> None:
         # After a crash before the answers went out, a redelivered duplicate is the second chance for quarantine.
         is_new = not verdict.is_duplicate or delivery.redelivered
-        if verdict.refused is not None and is_new and self._reception.keeps(delivery.user_id, verdict.refused):
+        if verdict.refused is not None and is_new and self._reception.keeps(delivery, verdict.refused):
             log.warning(
                 "update refused", reason=verdict.refused.reason, detail=verdict.refused.detail, exchange=delivery.exchange
             )
@@ -557,7 +557,8 @@ class Aggregator:
         await self._tell(transport, "frame.published", facts, version=frame.version)
 
     async def _watch_accuracy(self, transport: Transport) -> None:
-        async with transport.listen(self._names.events, routing_key="model.evaluated", name="aggregator-watch") as feed:
+        own, name = self._names.own_of("aggregator"), "aggregator-watch"
+        async with transport.listen(self._names.events, routing_key="model.evaluated", name=name, queue=own) as feed:
             while True:
                 delivery = await feed.receive()
                 try:

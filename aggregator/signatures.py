@@ -1,6 +1,6 @@
 """Whose word the ledger's entries are: each party's key, and each update's signature, checked again. Pure."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from aggregator.ledger import FEDERATION_KEY
 from aggregator.records import Entry
@@ -13,8 +13,9 @@ from schemas.membership import Membership
 class Signatures:
     """Of one ledger, entry by entry, in their order."""
 
-    def __init__(self, facts: Mapping[str, str], *, name: str, party_keys: Mapping[str, str] | None = None) -> None:
-        """`party_keys`: from the parties themselves; else the ledger's own word counts, as far as the federation signed it."""
+    def __init__(self, facts: Mapping[str, str], *, name: str, party_keys: Mapping[str, Collection[str]] | None = None) -> None:
+        """`party_keys`: all that each party had, from the parties themselves; else the ledger's own word counts, as far as the
+        federation signed it."""
         self._facts = facts
         self._name = name
         self._party_keys = party_keys
@@ -41,24 +42,28 @@ class Signatures:
         self._members[member.party] = member
 
     def _expect_signature(self, entry: Entry) -> None:
-        key = self._key_of(entry.party or "")
+        keys = self._keys_of(entry.party or "")
         if entry.signature is None:
-            if key is not None:
+            if keys:
                 raise DamagedError(
                     f"{self._name}: entry {entry.seq} lacks the signature of party {entry.party!r}, which has a key"
                 )
             self.unsigned += 1
             return
-        if key is None or not is_signed("update", self.statement(entry), entry.signature, by=key):
+        if not keys:
+            raise DamagedError(
+                f"{self._name}: entry {entry.seq} is signed, and nobody says by which key of party {entry.party!r}"
+            )
+        statement = self.statement(entry)
+        if not any(is_signed("update", statement, entry.signature, by=key) for key in keys):
             raise DamagedError(f"{self._name}: entry {entry.seq} is not signed by the key of party {entry.party!r}")
         self.signed += 1
 
-    def _key_of(self, party: str) -> str | None:
+    def _keys_of(self, party: str) -> Collection[str]:
+        if self._party_keys is not None:
+            return self._party_keys.get(party, ())
         member = self._members.get(party)
-        enrolled = None if member is None else member.public_key
-        if self._party_keys is None:
-            return enrolled
-        return self._party_keys.get(party)
+        return () if member is None or member.public_key is None else (member.public_key,)
 
     def statement(self, entry: Entry) -> bytes:
         """What the party signed, made again from what the ledger kept."""

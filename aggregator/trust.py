@@ -5,7 +5,8 @@ from the ledger's newest entries at every start; only the running direction begi
 
 Three rules make an update count less, and each has its reason:
 
-norm       larger than `norm_factor` times what the other parties send (the median of their medians): scaled down to that
+norm       larger than `norm_factor` times what the other parties send (the median of their medians): scaled down to that. Two
+           others are the least: a single one could say what is usual, and so whom to shut out
 direction  its party pulls against where the model goes: the cosines of its updates to the running direction are below zero by
            more than `_T_LEAST` standard errors
 tier       the party's tier weighs less
@@ -15,10 +16,11 @@ A score, the running mean of what became of a party's updates, ends in a suspens
 """
 
 import math
-from collections import deque
-from collections.abc import Iterable
+from bisect import bisect_left, insort
+from collections import Counter, deque
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
-from statistics import fmean, median, stdev
+from statistics import fmean, median
 
 import numpy as np
 from pydantic import ValidationError
@@ -37,6 +39,7 @@ REMEMBERED_ENTRIES = 5000
 _REMEMBERED = 32
 """Norms and cosines of each party."""
 
+_LEAST_OTHERS = 2
 _LEAST_NORMS = 10
 """Of others, before a norm is judged."""
 
@@ -45,6 +48,8 @@ _T_LEAST = 4.0
 _LEAST_MEAN_COSINE = 0.02
 """A pull that is weaker than this is none, however sure it is."""
 
+_LEAST_NORM = 1e-20
+"""What is smaller says nothing of a direction, and would not be scaled to a unit in float32."""
 _DIRECTION_DECAY = 0.9
 _LEAST_DIRECTION = 10
 """Merges, before the running direction says anything."""
@@ -68,6 +73,15 @@ class Judgement:
     cosine: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Suspension:
+    """By this ledger."""
+
+    revision: int
+    """Of the party's membership; a newer one ends the suspension."""
+    reason: str
+
+
 @dataclass(slots=True)
 class Record:
     """One party's."""
@@ -79,11 +93,49 @@ class Record:
 
     def pulls_against(self) -> bool:
         """Whether the mean of the cosines is below zero beyond doubt (Student's t)."""
-        if len(self.cosines) < _LEAST_COSINES:
+        count = len(self.cosines)
+        if count < _LEAST_COSINES:
             return False
-        mean = fmean(self.cosines)
-        error = stdev(self.cosines) / math.sqrt(len(self.cosines))
-        return mean < -_LEAST_MEAN_COSINE and mean < -_T_LEAST * error
+        mean = math.fsum(self.cosines) / count
+        variance = math.fsum((cosine - mean) ** 2 for cosine in self.cosines) / (count - 1)
+        return mean < -_LEAST_MEAN_COSINE and mean < -_T_LEAST * math.sqrt(variance / count)
+
+
+class UsualNorms:
+    """The median of the parties' median norms, of all but one of them; kept sorted, since there may be ten thousand."""
+
+    def __init__(self) -> None:
+        self._medians: dict[str, float] = {}
+        self._sorted: list[float] = []
+        self._counts: Counter[str] = Counter()
+        self._total = 0
+
+    def put(self, party: str, norms: Collection[float]) -> None:
+        """In place of what the party had."""
+        self.drop(party)
+        if norms:
+            middle = self._medians[party] = median(norms)
+            insort(self._sorted, middle)
+            self._counts[party] = len(norms)
+            self._total += len(norms)
+
+    def drop(self, party: str) -> None:
+        middle = self._medians.pop(party, None)
+        if middle is not None:
+            del self._sorted[bisect_left(self._sorted, middle)]
+            self._total -= self._counts.pop(party)
+
+    def beside(self, party: str) -> float | None:
+        """None where too little is known of the others."""
+        own = self._medians.get(party)
+        others = len(self._sorted) - (own is not None)
+        if others < _LEAST_OTHERS or self._total - self._counts[party] < _LEAST_NORMS:
+            return None
+        place = len(self._sorted) if own is None else bisect_left(self._sorted, own)
+        return (self._other(place, (others - 1) // 2) + self._other(place, others // 2)) / 2
+
+    def _other(self, own: int, index: int) -> float:
+        return self._sorted[index if index < own else index + 1]
 
 
 class Direction:
@@ -101,13 +153,13 @@ class Direction:
 
     def cosine(self, delta: Delta, norm: float) -> float | None:
         """None as long as it says nothing."""
-        if self._merges < _LEAST_DIRECTION or norm == 0 or self._squared <= 0:
+        if self._merges < _LEAST_DIRECTION or norm < _LEAST_NORM or self._squared <= 0:
             return None
         cosine = self._along(delta) / (norm * math.sqrt(self._squared))
         return min(1.0, max(-1.0, cosine)) + 0.0
 
     def add(self, delta: Delta, norm: float, factor: float) -> None:
-        if norm == 0:
+        if norm < _LEAST_NORM:
             return
         along = factor * self._along(delta) / norm
         self._squared = max(0.0, _DIRECTION_DECAY**2 * self._squared + 2 * _DIRECTION_DECAY * along + factor**2)
@@ -131,8 +183,8 @@ class Trust:
         self._settings = settings
         self._records: dict[str, Record] = {}
         self._members: dict[str, Membership] = {}
-        self._shut_out: dict[str, tuple[int, str]] = {}
-        """The revision of the membership that a suspension ended, and why it did."""
+        self._shut_out: dict[str, Suspension] = {}
+        self._usual = UsualNorms()
         self._direction = Direction(size) if settings.direction else None
 
     def remember(self, entries: Iterable[Entry]) -> None:
@@ -141,16 +193,19 @@ class Trust:
             if entry.kind == "party":
                 self._enrol(signed_membership_of(entry).membership)
             elif entry.kind == "suspension":
-                self._shut_out[entry.party or ""] = (entry.sequence or 0, entry.detail or "")
+                self._shut_out[entry.party or ""] = Suspension(entry.sequence or 0, entry.detail or "")
+                # What it sent says no more what is usual.
+                self._usual.drop(entry.party or "")
             elif entry.kind == "update":
                 self._weigh(entry)
 
     def _enrol(self, membership: Membership) -> None:
-        ended, _ = self._shut_out.get(membership.party, (membership.revision, ""))
-        if membership.revision > ended:
+        suspension = self._shut_out.get(membership.party)
+        if suspension is not None and membership.revision > suspension.revision:
             # An operator knows of it: what counts from here on is the register, and the party begins anew.
             del self._shut_out[membership.party]
             self._records.pop(membership.party, None)
+            self._usual.drop(membership.party)
         self._members[membership.party] = membership
 
     def _weigh(self, entry: Entry) -> None:
@@ -158,6 +213,7 @@ class Trust:
         if entry.outcome in ("merged", "buffered"):
             if entry.norm is not None:
                 record.norms.append(entry.norm)
+                self._usual.put(entry.party or "", record.norms)
             if entry.cosine is not None:
                 record.cosines.append(entry.cosine)
             goodness = _GOODNESS.get(entry.reason or "", 1.0)
@@ -167,6 +223,11 @@ class Trust:
             return
         record.score = _SCORE_MEMORY * record.score + (1 - _SCORE_MEMORY) * goodness
 
+    def strike(self, party: str, reason: Reason) -> None:
+        """For a message that makes no entry, and so is forgotten by the next leader."""
+        if reason in _HOSTILE:
+            self._records.setdefault(party, Record()).score *= _SCORE_MEMORY
+
     def member(self, party: str) -> Membership | None:
         """As the ledger knows it."""
         return self._members.get(party)
@@ -175,19 +236,19 @@ class Trust:
         """Why it is; None where it is not."""
         member = self._members.get(party)
         if party in self._shut_out:
-            return self._shut_out[party][1]
+            return self._shut_out[party].reason
         if member is not None and member.suspended:
             return member.reason or "by an operator"
         return None
 
-    def shut_out(self) -> dict[str, str]:
-        """Whom this ledger suspended and no operator took back since, and why."""
-        return {party: why for party, (_, why) in self._shut_out.items()}
+    def shut_out(self) -> dict[str, Suspension]:
+        """Whom this ledger suspended, and no operator took back as far as the ledger knows."""
+        return dict(self._shut_out)
 
     def judge(self, examined: Examined) -> Judgement | Refused:
         """Of an update whose turn it is."""
         party, norm = examined.update.party, examined.norm
-        usual = self._usual_norm(party)
+        usual = self._usual.beside(party)
         bound = _times(self._settings.outlier_factor, usual)
         if bound is not None and norm > bound:
             return Refused(
@@ -232,13 +293,6 @@ class Trust:
                 f"its updates have a mean cosine of {mean:.3f} to the running direction",
             )
         ]
-
-    def _usual_norm(self, party: str) -> float | None:
-        """The median of the other parties' medians; None where too little is known of them."""
-        others = [record.norms for name, record in self._records.items() if name != party and record.norms]
-        if sum(map(len, others)) < _LEAST_NORMS:
-            return None
-        return median(median(norms) for norms in others)
 
     def below_threshold(self, party: str) -> float | None:
         """The score that suspends the party; None where it is high enough."""

@@ -1,7 +1,7 @@
 """Whether a ledger tells the truth: every entry, version and frame from the first on, made again and compared."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from aggregator.frames import changed_by, held_anew, open_whole, start_of_chain
@@ -39,10 +39,11 @@ class Verified:
     """Those that came before signatures were asked for, or where none are."""
 
 
-def verify(ledger: Ledger, snapshots: Snapshots, *, party_keys: Mapping[str, str] | None = None) -> Verified:
+def verify(ledger: Ledger, snapshots: Snapshots, *, party_keys: Mapping[str, Collection[str]] | None = None) -> Verified:
     """Replays from the first snapshot; raises DamagedError naming the first entry, frame or snapshot that is not as recorded.
 
-    `party_keys`: public keys that came from the parties themselves. Without, those count that the federation's key vouches for.
+    `party_keys`: public keys that came from the parties themselves, with those that were given up. Without, those count that the
+    federation's key vouches for.
     """
     manifest = manifest_of_ledger(ledger)
     rows = snapshot_rows(ledger)

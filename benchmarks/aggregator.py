@@ -1,7 +1,8 @@
 """Durable merges per second, beside the plain consume-and-acknowledge rate of aio-pika on the same messages in the same run.
 
 Both drain the same quorum queue on a private RabbitMQ node. A merge is all that it is in production: checks, decoding, ledger
-with fsync, receipt, event, acknowledgement, and a broadcast every five seconds. The ratio is the median of the rounds' ratios.
+with fsync, receipt, event, acknowledgement, and a broadcast every five seconds. Guarded is the same with signatures of updates,
+receipts and frames, and the rules of trust. The ratio is the median of the rounds' ratios.
 
     python -m benchmarks.aggregator [--json FILE] [--rounds 3] [--codec int8]
 """
@@ -22,23 +23,26 @@ from aggregator.admission import Limits
 from aggregator.broadcast import BroadcastPlan
 from aggregator.coordinator import Coordinator, Rules
 from aggregator.decisions import Goal
+from aggregator.gate import Gate
 from aggregator.opening import open_ledger
 from aggregator.service import Aggregator, Pace
 from aggregator.snapshots import Snapshots
 from benchmarks.report import parser, show
 from broker_fl.cli.logs import LogFormat, LogLevel, configure_logs
 from broker_fl.codecs.codec import encode, parse_codec
-from broker_fl.config import BrokerSettings, CodecSettings, MergingSettings
+from broker_fl.config import BrokerSettings, CodecSettings, MergingSettings, TrustSettings
 from broker_fl.database import sqlite_url
 from broker_fl.management import Management
 from broker_fl.parameters import digest, manifest_of
+from broker_fl.signing import SIGNATURE, SigningKey, payload_digest, sign_membership, update_statement
 from broker_fl.topology import Names, Permissions, party, shared
 from broker_fl.transports.amqp import amqp_connect
 from broker_fl.transports.local_rabbitmq import local_rabbitmq
-from broker_fl.transports.transport import Message
+from broker_fl.transports.transport import Header, Message
 from schemas import wire
 from schemas.frame import TrainingPlan
 from schemas.manifest import Manifest
+from schemas.membership import Membership, SignedMembership
 from schemas.update import ModelUpdate
 
 FEDERATION = "bench"
@@ -72,6 +76,31 @@ class Row:
     raw_per_s: float
     merges_per_s: float
     ratio: float
+    guarded_per_s: float
+    guarded_ratio: float
+    """To the merges without."""
+
+
+@dataclass(frozen=True, slots=True)
+class Guard:
+    federation: SigningKey
+    party: SigningKey
+
+    def signed(self) -> SignedMembership:
+        member = Membership(federation=FEDERATION, party=PARTY, revision=1, at=time.time(), public_key=self.party.public)
+        return sign_membership(self.federation, member)
+
+    async def all(self) -> dict[str, SignedMembership]:
+        return {PARTY: self.signed()}
+
+    async def one(self, party: str) -> SignedMembership | None:
+        return self.signed() if party == PARTY else None
+
+    async def suspend(self, party: str, reason: str) -> None:
+        raise AssertionError(f"{party} is honest: {reason}")
+
+
+GUARD = Guard(SigningKey.generate(), SigningKey.generate())
 
 
 def manifest_for(case: Case) -> Manifest:
@@ -86,10 +115,13 @@ def payloads(case: Case, manifest: Manifest) -> list[bytes]:
     return [encode(np.roll(delta, shift), codec, manifest=manifest, generator=generator) for shift in range(DISTINCT)]
 
 
-def updates(case: Case, manifest: Manifest, encoded: list[bytes], *, base_digest: str, party_name: str) -> list[ModelUpdate]:
+def updates(
+    case: Case, manifest: Manifest, encoded: list[bytes], *, base_digest: str, party_name: str, ledger: str | None = None
+) -> list[ModelUpdate]:
     return [
         ModelUpdate(
             federation=FEDERATION,
+            ledger=ledger,
             party=party_name,
             update_id=uuid.uuid4().hex,
             sequence=number + 1,
@@ -109,15 +141,30 @@ def updates(case: Case, manifest: Manifest, encoded: list[bytes], *, base_digest
 async def fill(settings: BrokerSettings, messages: list[ModelUpdate], party_name: str) -> int:
     """Bytes of one message."""
     bodies = [wire.encode(update) for update in messages]
+    headers = [_signature(update) for update in messages]
     async with amqp_connect(settings)("bench-fill") as transport:
         for start in range(0, len(messages), PREFETCH):
             await asyncio.gather(
                 *(
-                    transport.publish(Message(Names(FEDERATION).up(party_name), body, message_id=update.update_id))
-                    for update, body in zip(messages[start : start + PREFETCH], bodies[start : start + PREFETCH], strict=True)
+                    transport.publish(
+                        Message(Names(FEDERATION).up(party_name), body, message_id=update.update_id, headers=signature)
+                    )
+                    for update, body, signature in zip(
+                        messages[start : start + PREFETCH],
+                        bodies[start : start + PREFETCH],
+                        headers[start : start + PREFETCH],
+                        strict=True,
+                    )
                 )
             )
     return len(bodies[0])
+
+
+def _signature(update: ModelUpdate) -> dict[str, Header]:
+    if update.ledger is None:
+        return {}
+    statement = update_statement(update, payload_digest=payload_digest(update.payload))
+    return {SIGNATURE: GUARD.party.sign("update", statement)}
 
 
 async def raw_rate(settings: BrokerSettings, count: int) -> float:
@@ -144,7 +191,7 @@ async def raw_rate(settings: BrokerSettings, count: int) -> float:
 
 
 async def merge_rate(
-    settings: BrokerSettings, case: Case, manifest: Manifest, encoded: list[bytes], folder: Path
+    settings: BrokerSettings, case: Case, manifest: Manifest, encoded: list[bytes], folder: Path, *, guarded: bool
 ) -> tuple[float, int]:
     """The whole aggregator, from its first message to its last acknowledgement; and the bytes of one message."""
     codec = CodecSettings()
@@ -165,14 +212,24 @@ async def merge_rate(
         every_versions=1_000_000,
         every_s=BROADCAST_EVERY_S,
     )
-    limits = Limits(Names(FEDERATION), manifest, 4 * manifest.size + 65_536, None)
-    rules = Rules(limits, MergingSettings(max_staleness=1_000_000), plan, Goal(versions=case.updates), 1_000_000, 3600.0)
     with open_ledger(sqlite_url(folder / "ledger.db")) as ledger:
+        ledger_id = ledger.facts()["ledger_id"] if guarded else None
+        limits = Limits(Names(FEDERATION), manifest, 4 * manifest.size + 65_536, None, signed_for=ledger_id)
+        rules = Rules(
+            limits,
+            MergingSettings(max_staleness=1_000_000),
+            plan,
+            Goal(versions=case.updates),
+            1_000_000,
+            3600.0,
+            trust=TrustSettings() if guarded else None,
+            federation_key=GUARD.federation.public if guarded else None,
+        )
         coordinator = Coordinator(ledger, Snapshots(str(folder / "snapshots"), manifest), rules, clock=time.time)
         model = np.zeros(manifest.size, np.float32)
         coordinator.open(model)
         coordinator.tick()
-        messages = updates(case, manifest, encoded, base_digest=digest(model), party_name=PARTY)
+        messages = updates(case, manifest, encoded, base_digest=digest(model), party_name=PARTY, ledger=ledger_id)
         size = await fill(settings, messages, PARTY)
         service = Aggregator(
             amqp_connect(settings),
@@ -181,6 +238,9 @@ async def merge_rate(
             limits=limits,
             pace=Pace(PREFETCH, 64, 0.02, 1 << 20, 16 << 20),
             clock=time.time,
+            register=GUARD if guarded else None,
+            key=GUARD.federation if guarded else None,
+            gate=Gate(per_minute=10**9, part_bytes=1 << 20, max_update_bytes=limits.max_update_bytes),
         )
         began = time.perf_counter()
         await service.run(lambda: None)
@@ -196,8 +256,10 @@ async def one_round(settings: BrokerSettings, case: Case, manifest: Manifest, en
     await fill(settings, updates(case, manifest, encoded, base_digest="0" * 64, party_name=PARTY), PARTY)
     raw = await raw_rate(settings, case.updates)
     with tempfile.TemporaryDirectory() as folder:
-        merges, size = await merge_rate(settings, case, manifest, encoded, Path(folder))
-    return Row(case.codec, case.parameters, size, case.updates, raw, merges, merges / raw)
+        merges, size = await merge_rate(settings, case, manifest, encoded, Path(folder), guarded=False)
+    with tempfile.TemporaryDirectory() as folder:
+        guarded, _ = await merge_rate(settings, case, manifest, encoded, Path(folder), guarded=True)
+    return Row(case.codec, case.parameters, size, case.updates, raw, merges, merges / raw, guarded, guarded / merges)
 
 
 async def measure(rounds: int, cases: tuple[Case, ...]) -> list[Row]:

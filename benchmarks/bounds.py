@@ -46,6 +46,7 @@ from broker_fl.config import AggregatorSettings, BrokerSettings, load_settings
 from broker_fl.database import sqlite_url
 from broker_fl.enrolment import add_party
 from broker_fl.management import Management
+from broker_fl.signing import SigningKey
 from broker_fl.tasks import Examples
 from broker_fl.tasks.module import initial
 from broker_fl.topology import Names
@@ -356,8 +357,9 @@ class Sender:
 async def enrolled(federation: Federation, count: int) -> list[Sender]:
     settings = load_settings(flags={"federation": {"name": federation.name}}, environment={})
     names = [f"{federation.name}-{number}" for number in range(count)]
-    passwords = [await add_party(federation.management, settings, name) for name in names]
-    return [Sender(federation, name, password) for name, password in zip(names, passwords, strict=True)]
+    key = SigningKey.generate()
+    credentials = [await add_party(federation.management, settings, name, key=key) for name in names]
+    return [Sender(federation, name, own.password) for name, own in zip(names, credentials, strict=True)]
 
 
 async def send_all(messages: Mapping[Sender, Iterable[Message]]) -> int:

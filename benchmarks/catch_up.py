@@ -39,6 +39,7 @@ from broker_fl.database import sqlite_url
 from broker_fl.enrolment import add_party
 from broker_fl.management import Management
 from broker_fl.parameters import Vector, digest
+from broker_fl.signing import SigningKey
 from broker_fl.topology import Names, policies, shared
 from broker_fl.transports.amqp import amqp_connect
 from broker_fl.transports.following import Follower, ReceivedModel, advance, deltas_cost_less, parse_frame, received_by
@@ -204,10 +205,10 @@ async def measure(parameters: int, rounds: int) -> list[Row]:
     async with local_rabbitmq(stop_timeout_s=0) as node:
         async with Management(node.management_url) as management:
             settings = load_settings(flags={"federation": {"name": FEDERATION}}, environment={})
-            password = await add_party(management, settings, PARTY)
+            credentials = await add_party(management, settings, PARTY, key=SigningKey.generate())
             await management.apply_policies(policies(FEDERATION, model_bytes=4 * manifest.size))
             await management.apply(shared(FEDERATION))  # After the policies, as the aggregator does it.
-        url = f"amqp://{PARTY}:{password.get_secret_value()}@{HOST}:{node.amqp_port}/"
+        url = f"amqp://{PARTY}:{credentials.password.get_secret_value()}@{HOST}:{node.amqp_port}/"
         party = amqp_connect(BrokerSettings(url=SecretStr(url)))
         began = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder, open_ledger(sqlite_url(Path(folder) / "ledger.db")) as ledger:

@@ -47,7 +47,8 @@ from benchmarks.report import parser, show
 from broker_fl.cli.options import Flags, environment_of
 from broker_fl.config import load_settings
 from broker_fl.database import sqlite_url
-from broker_fl.enrolment import add_party
+from broker_fl.enrolment import Credentials, add_party
+from broker_fl.keys import load_key
 from broker_fl.management import Management
 from broker_fl.transports.local_rabbitmq import HOST, LocalRabbitMQ, local_rabbitmq
 
@@ -233,10 +234,13 @@ async def staged(
             await says(member, (word,), after=0, within_s=_START_S)
         async with Management(node.management_url) as management:
             parties = [f"{federation}-{number}" for number in range(WORKERS)]
-            passwords = [await add_party(management, load_settings(flags=common, environment={}), party) for party in parties]
+            # With the aggregators' key, in their folder.
+            settings = load_settings(flags=common | {"aggregator": {"state": state}}, environment={})
+            keys = [await add_party(management, settings, party) for party in parties]
+        federation_key = load_key(settings.key_file).public
         workers = [
-            await _worker(node, nursery, folder, party=party, password=password, settings=common)
-            for party, password in zip(parties, passwords, strict=True)
+            await _worker(node, nursery, folder, party=party, own=own, settings=common, federation_key=federation_key)
+            for party, own in zip(parties, keys, strict=True)
         ]
         stage = Stage(ledger_url, state, (first, second), workers)
         await _until_all_send(stage)
@@ -272,13 +276,21 @@ async def _aggregator(
 
 
 async def _worker(
-    node: LocalRabbitMQ, nursery: Nursery, folder: Path, *, party: str, password: SecretStr, settings: Flags
+    node: LocalRabbitMQ,
+    nursery: Nursery,
+    folder: Path,
+    *,
+    party: str,
+    own: Credentials,
+    settings: Flags,
+    federation_key: str,
 ) -> Child:
-    own: Flags = {
-        "broker": {"url": _url(party, password, node.amqp_port)},
+    flags: Flags = {
+        "broker": {"url": _url(party, own.password, node.amqp_port)},
         "worker": {"party": party, "state": folder / party, "threads": 1},
+        "security": {"aggregator_key": federation_key, "party_key": own.key.text()},
     }
-    variables = environment_of(settings | own)
+    variables = environment_of(settings | flags)
     log = folder / f"{party}.err"
     return await nursery.start(
         ["worker", "--log-format", "json"], folder=folder, out=folder / f"{party}.out", err=log, variables=variables

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from aggregator.admission import Examined, Limits, Sender, payload_digest
+from aggregator.admission import Examined, Limits, Sender
 from aggregator.broadcast import BroadcastPlan
 from aggregator.coordinator import Coordinator, Rules
 from aggregator.decisions import Arrival, Goal
@@ -35,6 +35,7 @@ from broker_fl.codecs.codec import decode, encode, parse_codec
 from broker_fl.config import MergingSettings
 from broker_fl.database import sqlite_url
 from broker_fl.parameters import digest
+from broker_fl.signing import payload_digest
 from broker_fl.topology import Names
 from schemas.frame import TrainingPlan
 from schemas.manifest import Manifest

@@ -172,6 +172,9 @@ def settings_for(case: Case, *, data: Path, folder: Path, worker: int | None = N
             "state": folder / "workers",
             "device": "cpu",
         },
+        "security": {"signatures": False},
+        # What is compared are the codecs.
+        "trust": {"max_updates_per_minute": 0, "norm_factor": 0, "outlier_factor": 0, "direction": False},
     }
     return load_settings(flags=flags, environment={})
 

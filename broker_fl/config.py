@@ -5,7 +5,7 @@ import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 from urllib.parse import unquote, urlsplit
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
@@ -29,6 +29,7 @@ NOISED_UPDATE_CODEC = "eden:2"
 Positive = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 PemKey = Literal["ca", "certificate", "certificate_key"]
+PEM_KEYS: tuple[PemKey, ...] = get_args(PemKey)
 
 
 class Section(BaseModel):

@@ -8,7 +8,8 @@ BrokerFLError                      the root (schemas)
 ├── PrivacyError                   a budget or an accountant that has no answer
 ├── BrokerError                    anything the broker answers or fails to answer
 │   ├── BrokerUnavailableError     not there, or gone: worth another try
-│   ├── AuthenticationError        wrong name or password
+│   │   └── UntrustedBrokerError   its certificate does not prove that it is the broker
+│   ├── AuthenticationError        wrong name, password or certificate
 │   ├── AccessRefusedError         the broker's permissions say no
 │   ├── QueueInUseError            somebody else holds it alone
 │   ├── NotFoundError              no such exchange, queue or vhost
@@ -58,6 +59,7 @@ __all__ = [
     "StorageUnavailableError",
     "TopologyConflictError",
     "UnroutableError",
+    "UntrustedBrokerError",
     "first_of",
     "nearest",
 ]
@@ -84,6 +86,10 @@ class BrokerError(BrokerFLError):
 
 
 class BrokerUnavailableError(BrokerError):
+    pass
+
+
+class UntrustedBrokerError(BrokerUnavailableError):
     pass
 
 

@@ -20,6 +20,7 @@ from broker_fl.config import BrokerSettings, load_settings
 from broker_fl.database import sqlite_url
 from broker_fl.enrolment import add_party
 from broker_fl.errors import ConfigurationError, StorageError
+from broker_fl.keys import load_key
 from broker_fl.management import Management
 from broker_fl.topology import Names
 from broker_fl.transports.amqp import amqp_connect
@@ -154,11 +155,18 @@ async def staged(folder: Path) -> AsyncIterator[Stage]:
         console = {"BROKER_FL_BROKER__MANAGEMENT_URL": node.management_url}
         for name in AGGREGATORS:
             await add(name, ["aggregator"], state, user=admin.username or "", password=admin.password or "", more=console)
-        settings = load_settings(flags={"federation": {"name": FEDERATION}}, environment={})
+        # With the aggregators' key, in their folder.
+        stores = {"state": str(state.folder / "broker-fl-state")}
+        settings = load_settings(flags={"federation": {"name": FEDERATION}, "aggregator": stores}, environment={})
         for party in PARTIES:
-            password = (await add_party(management, settings, party)).get_secret_value()
+            credentials = await add_party(management, settings, party)
+            password = credentials.password.get_secret_value()
             own = stack.enter_context(disk(folder / party))
-            await add(party, ["worker", "--party", party], own, user=party, password=password, more=_of_party(party))
+            keys = {
+                "BROKER_FL_SECURITY__AGGREGATOR_KEY": load_key(settings.key_file).public,
+                "BROKER_FL_SECURITY__PARTY_KEY": credentials.key.text(),
+            }
+            await add(party, ["worker", "--party", party], own, user=party, password=password, more=_of_party(party) | keys)
             broker = BrokerSettings(url=SecretStr(_url(party, password, node.amqp_port)))
             logins[party] = amqp_connect(broker)
         yield Stage(node, management, members, logins, state.folder / "broker-fl-state")

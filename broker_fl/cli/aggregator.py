@@ -1,6 +1,5 @@
 """`broker-fl aggregator`."""
 
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -31,6 +30,7 @@ def command(
         typer.Option("--evaluation/--no-evaluation", help="Evaluate new versions in a process beside.", show_default=False),
     ] = None,
     ledger: options.Ledger = None,
+    metrics_port: options.MetricsPort = None,
     until_stdin_closes: options.UntilStdinCloses = False,
     sets: options.Sets = None,
     log_level: options.Level = LogLevel.INFO,
@@ -53,6 +53,7 @@ def command(
             "aggregator.seconds": seconds,
             "aggregator.target_accuracy": target_accuracy,
             "evaluation.enabled": evaluation,
+            "metrics.port": metrics_port,
         },
         sets,
     )
@@ -64,14 +65,19 @@ def command(
 
 async def _serve(settings: "Settings", config: Path | None, flags: options.Flags, *, until_stdin_closes: bool) -> None:
     from broker_fl.cli.evaluator import evaluator_process
+    from broker_fl.cli.metrics.aggregator import AggregatorMetrics
+    from broker_fl.cli.metrics.endpoint import served
     from broker_fl.cli.running import serve
     from broker_fl.cli.wiring import built_aggregator
-    from broker_fl.enrolment import ask_parties
+    from broker_fl.enrolment import Register
     from broker_fl.transports.amqp import amqp_connect
 
-    async with evaluator_process(settings, config, flags) as evaluator:
-        connect, enrolled = amqp_connect(settings.broker), partial(ask_parties, settings)
-        with built_aggregator(settings, connect, on_lead=evaluator.begin, enrolled=enrolled) as built:
+    async with (
+        served(AggregatorMetrics, host=settings.metrics.host, port=settings.metrics.port) as observer,
+        evaluator_process(settings, config, flags) as evaluator,
+    ):
+        connect, register = amqp_connect(settings.broker), Register(settings)
+        with built_aggregator(settings, connect, on_lead=evaluator.begin, register=register, observer=observer) as built:
             await _apply_policies(settings, built.manifest)
             service = built.service
             await serve(service.run(built.open_state), service.stop, until_stdin_closes=until_stdin_closes)
@@ -87,13 +93,15 @@ async def _apply_policies(settings: "Settings", manifest: "Manifest") -> None:
     """Lengths and limits are policies, which AMQP can't set. Without them the two logs grow without bound."""
     import structlog
 
-    from broker_fl.enrolment import management_of
+    from broker_fl.enrolment import inbox_limits, management_of
     from broker_fl.errors import BrokerError
-    from broker_fl.topology import policies
+    from broker_fl.topology import operator_policies, policies
 
+    federation = settings.federation.name
     try:
         async with management_of(settings.broker) as management:
-            await management.apply_policies(policies(settings.federation.name, model_bytes=4 * manifest.size))
+            await management.apply_policies(policies(federation, model_bytes=4 * manifest.size))
+            await management.apply_operator_policies(operator_policies(federation, inbox_limits(settings)))
     except BrokerError as exc:
         structlog.get_logger(__name__).warning(
             "policies were not checked: the two logs of the model, quarantine and inboxes may be unbounded", reason=str(exc)

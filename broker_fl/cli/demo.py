@@ -37,6 +37,9 @@ def command(
             show_default=False,
         ),
     ] = None,
+    tls: Annotated[
+        bool, typer.Option("--tls", help="Over mutual TLS: everyone logs in by a certificate of an authority made for the demo.")
+    ] = False,
     steady: Annotated[bool, typer.Option("--steady", help="Nobody is late, slow or killed.")] = False,
     keep: Annotated[bool, typer.Option("--keep", help="Leave the private broker up afterwards, to look at.")] = False,
     amqp_port: Annotated[
@@ -70,6 +73,8 @@ def command(
         },
         sets,
     )
+    if tls and keep and folder is None:
+        raise typer.BadParameter("goes with --tls only where --folder says where the certificates stay", param_hint="--keep")
     console = Console(highlight=False)
     with tempfile.TemporaryDirectory(prefix="broker-fl-demo-", ignore_cleanup_errors=True) as temporary:
         from broker_fl.cli.demonstration.plan import Demo
@@ -82,6 +87,7 @@ def command(
             keep=keep,
             scheme=partition,
             epsilon=epsilon,
+            tls=tls,
             folder=_prepared(folder) if folder else Path(temporary),
             flags=flags,
         )

@@ -26,6 +26,7 @@ def command(
     model: options.Model = None,
     data: options.Data = None,
     device: options.Device = None,
+    metrics_port: options.MetricsPort = None,
     until_stdin_closes: options.UntilStdinCloses = False,
     sets: options.Sets = None,
     log_level: options.Level = LogLevel.INFO,
@@ -33,21 +34,35 @@ def command(
 ) -> None:
     """Evaluates each new version on held-out data and tells the others. An aggregator starts one; more may run anywhere."""
     configure_logs(log_level, log_format)
-    given = {"broker.url": broker, "task.name": task, "task.model": model, "task.data": data, "evaluation.device": device}
-    settings = options.load(config, options.flags_of(given, sets))
+    flags = options.flags_of(
+        {
+            "broker.url": broker,
+            "task.name": task,
+            "task.model": model,
+            "task.data": data,
+            "evaluation.device": device,
+            "metrics.evaluator_port": metrics_port,
+        },
+        sets,
+    )
+    settings = options.load(config, flags)
     from broker_fl.cli.running import run
 
     run(_serve(settings, until_stdin_closes=until_stdin_closes))
 
 
 async def _serve(settings: "Settings", *, until_stdin_closes: bool) -> None:
+    from broker_fl.cli.metrics.endpoint import served
+    from broker_fl.cli.metrics.evaluator import EvaluatorMetrics
     from broker_fl.cli.running import serve
     from broker_fl.cli.wiring import built_evaluator, use_threads
     from broker_fl.transports.amqp import amqp_connect
 
     use_threads(settings)
-    service = built_evaluator(settings, amqp_connect(settings.broker))
-    await serve(service.run(), service.stop, until_stdin_closes=until_stdin_closes)
+    # Not `port`: an aggregator has that, and starts an evaluator with the same settings.
+    async with served(EvaluatorMetrics, host=settings.metrics.host, port=settings.metrics.evaluator_port) as observer:
+        service = built_evaluator(settings, amqp_connect(settings.broker), observer=observer)
+        await serve(service.run(), service.stop, until_stdin_closes=until_stdin_closes)
 
 
 class EvaluatorProcess:

@@ -16,6 +16,8 @@ name = "federation"                # the prefix of its exchanges and queues: fl.
 [broker]
 url = "amqp://guest:guest@127.0.0.1:5672/"   # the aggregator's login; parties get their own by `broker-fl party add`
 # management_url = "http://guest:guest@127.0.0.1:15672"   # where the management API is not at port 15672 of the same host
+# ca = "certs/ca.pem"              # with amqps://host:5671/vhost: whom the broker's certificate must be from; see docs/tls.md
+#   to log in by certificate: no name and password in url, certificate = "certs/NAME.pem", certificate_key = "certs/NAME.key"
 # max_message_bytes = 16777216     # RabbitMQ's own limit; larger messages travel in parts
 
 [task]
@@ -73,6 +75,27 @@ broadcast_every_s = 1.0
 # target_accuracy = 0.95
 # fraction = 1.0                   # the share of parties that train from each broadcast
 # snapshot_every_versions = 200
+
+# [metrics]                        # for Prometheus; see docs/metrics.md
+# host = "127.0.0.1"               # whoever reaches it may read them
+# port = 9464                      # of the aggregator, or a worker; without one nothing is served
+# evaluator_port = 9465            # of the evaluator that the aggregator starts
+
+# [security]                       # see docs/security.md
+# signatures = true                # of broadcasts by the federation's key, of updates by their party's
+# key = "broker-fl-state/federation.key"   # the federation's private key, made where it is missing: keep it, and keep it secret
+
+# [trust]                          # which updates count less, and who is shut out
+# max_updates_per_minute = 600     # of one party; 0: no limit
+# norm_factor = 4.0                # times the usual norm of the others: what is larger is scaled down to it
+# outlier_factor = 40.0            # times the usual norm: what is larger is not merged
+# direction = true                 # a party that pulls against where the model goes counts less
+# tiers = {trusted = 1.0, standard = 1.0, probation = 0.25}   # `broker-fl party set NAME --tier probation`
+# suspend_below = 0.3              # of a party's score, the running mean of what becomes of its updates; 0: nobody is
+
+# [enrolment]                      # what the broker lets one party have
+# max_connections = 4
+# max_channels = 16
 
 [worker]
 state = "broker-fl-state"          # the outbox of each party

@@ -19,8 +19,8 @@ def verify(
     party_keys: Annotated[
         Path | None,
         typer.Option(
-            help="Public keys that you had from the parties themselves, lines of NAME KEY: neither the broker nor the aggregator "
-            "has to be believed then.",
+            help="Public keys that you had from the parties themselves, lines of NAME KEY, with those that were given up: "
+            "neither the broker nor the aggregator has to be believed then.",
             show_default=False,
         ),
     ] = None,
@@ -48,8 +48,8 @@ def verify(
     typer.echo(f"version {verified.version} is {verified.model_digest}")
 
 
-def _read_party_keys(file: Path) -> dict[str, str]:
-    """Raises ConfigurationError, naming the line."""
+def _read_party_keys(file: Path) -> dict[str, list[str]]:
+    """By party. Raises ConfigurationError, naming the line."""
     from broker_fl.errors import ConfigurationError
     from schemas.ids import is_name, is_public_key
 
@@ -57,16 +57,14 @@ def _read_party_keys(file: Path) -> dict[str, str]:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as exc:
         raise ConfigurationError(f"{file} cannot be read: {exc}") from exc
-    keys: dict[str, str] = {}
+    keys: dict[str, list[str]] = {}
     for number, line in enumerate(lines, start=1):
         words = line.split("#")[0].split()
         if not words:
             continue
         if len(words) != 2 or not is_name(words[0]) or not is_public_key(words[1]):
             raise ConfigurationError(f"{file}, line {number}: expected a party's name and its key of 64 hexadecimal digits")
-        if words[0] in keys:
-            raise ConfigurationError(f"{file}, line {number}: party {words[0]!r} has a key already")
-        keys[words[0]] = words[1]
+        keys.setdefault(words[0], []).append(words[1])
     return keys
 
 

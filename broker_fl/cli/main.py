@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from broker_fl import __version__
-from broker_fl.cli import aggregator, demo, evaluator, init, ledger, model, party, privacy, status, worker
+from broker_fl.cli import aggregator, certs, demo, evaluator, init, ledger, model, party, privacy, status, topology, worker
 
 app = typer.Typer(
     name="broker-fl",
@@ -22,10 +22,12 @@ app.command("aggregator")(aggregator.command)
 app.command("worker")(worker.command)
 app.command("evaluator")(evaluator.command)
 app.add_typer(party.app, name="party")
+app.add_typer(certs.app, name="certs")
 app.command("status")(status.command)
 app.add_typer(ledger.app, name="ledger")
 app.add_typer(model.app, name="model")
 app.add_typer(privacy.app, name="privacy")
+app.add_typer(topology.app, name="topology")
 
 
 def _print_version(wanted: bool) -> None:

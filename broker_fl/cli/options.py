@@ -46,6 +46,12 @@ Ledger = Annotated[
     ),
 ]
 Device = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or mps.", show_default=False)]
+MetricsPort = Annotated[
+    int | None,
+    typer.Option(
+        "--metrics-port", help="Serve what is counted to Prometheus, at /metrics of this port; 0: any.", show_default=False
+    ),
+]
 Sets = Annotated[
     list[str] | None,
     typer.Option(
@@ -92,14 +98,18 @@ def load_stores(config: Path | None, state: Path | None, ledger: str | None, set
     return load(config, flags_of({"aggregator.state": state, "aggregator.ledger": ledger}, sets))
 
 
+def _as_text(value: object) -> str:
+    if isinstance(value, list | tuple):
+        return json.dumps(list(value))
+    return json.dumps(value) if isinstance(value, dict) else str(value)
+
+
 def environment_of(flags: Flags) -> dict[str, str]:
     """The same flags as variables, for a child process: a command line is for everyone to see, an environment is not."""
     from broker_fl.config import ENVIRONMENT_PREFIX
 
     return {
-        f"{ENVIRONMENT_PREFIX}{section}__{key}".upper(): json.dumps(list(value))
-        if isinstance(value, list | tuple)
-        else str(value)
+        f"{ENVIRONMENT_PREFIX}{section}__{key}".upper(): _as_text(value)
         for section, keys in flags.items()
         for key, value in keys.items()
     }

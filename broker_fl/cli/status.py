@@ -14,11 +14,17 @@ from broker_fl.cli import options
 if TYPE_CHECKING:
     from aggregator.records import Total
     from broker_fl.config import Settings
+    from broker_fl.enrolment import Office
 
 
 @dataclass(slots=True)
 class PartyStatus:
     online: bool = False
+    display_name: str = ""
+    """This and the next three are from the register."""
+    group: str | None = None
+    tier: str = ""
+    suspended: bool = False
     merged: int = 0
     buffered: int = 0
     refused: int = 0
@@ -57,6 +63,8 @@ class Status:
     aggregator_online: bool = False
     standbys: int = 0
     """Aggregators that are connected, beside the one that leads."""
+    leader: str = ""
+    """Which process took the ledger last, and did not let go of it: its host and its pid."""
     parties: dict[str, PartyStatus] = field(default_factory=dict)
     queues: list[QueueStatus] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
@@ -101,7 +109,8 @@ def _ask_ledger(settings: "Settings", status: Status) -> None:
         )
         return
     with open_ledger_for_reading(url) as ledger:
-        last = ledger.last_frame()
+        last, lead = ledger.last_frame(), ledger.lead()
+        status.leader = "" if lead is None or lead.let_go else lead.holder
         status.version = ledger.latest_version()
         status.is_over = last is not None and last.over
         frames = ledger.frame_totals()
@@ -133,15 +142,15 @@ def _party_status(totals: "list[Total]", *, codec: str) -> PartyStatus:
 
 
 async def _ask_broker(settings: "Settings", status: Status) -> None:
-    from broker_fl.enrolment import list_parties, management_of
+    from broker_fl.enrolment import open_office
     from broker_fl.errors import BrokerError
 
     federation = settings.federation.name
     try:
-        async with management_of(settings.broker) as management:
+        async with open_office(settings, signs=False) as office:
+            management = office.management
             status.broker = f"RabbitMQ {(await management.overview()).rabbitmq_version} at {settings.broker.address()}"
-            for party in await list_parties(management, settings):
-                status.parties.setdefault(party, PartyStatus())
+            await _ask_register(office, status)
             aggregators = 0
             for connection in await management.connections():
                 kind, _, name = connection.name.partition(":")
@@ -155,14 +164,30 @@ async def _ask_broker(settings: "Settings", status: Status) -> None:
         status.missing.append(f"queues and who is online: {exc}")
 
 
+async def _ask_register(office: "Office", status: Status) -> None:
+    from broker_fl.enrolment import list_members
+
+    members, planted = await list_members(office)
+    for one in members:
+        party = status.parties.setdefault(one.name, PartyStatus())
+        if one.membership is not None:
+            member = one.membership
+            party.display_name, party.group, party.tier = member.display_name, member.group, member.tier
+            party.suspended = member.suspended
+    if planted:
+        status.missing.append(f"entries in the register that the federation's key did not sign: {', '.join(planted)}")
+
+
 def _show(status: Status) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     console = Console()
     version = "unknown" if status.version is None else str(status.version)
     standbys = f", {status.standbys} standing by" if status.standbys else ""
-    aggregator = f"online{standbys}" if status.aggregator_online else "offline"
+    leads = f" ({status.leader.removeprefix('aggregator ')})" if status.leader else ""
+    aggregator = f"online{leads}{standbys}" if status.aggregator_online else "offline"
     over = ", over" if status.is_over else ""
     console.print(f"[bold]{status.federation}[/bold] on {status.broker or 'an unreachable broker'}")
     console.print(f"version {version}{over}; aggregator {aggregator}")
@@ -171,14 +196,17 @@ def _show(status: Status) -> None:
         ("keyframes", status.keyframes, status.keyframe_bytes, status.keyframe_codec),
     ):
         console.print(f"{count} {what}, {size:,} bytes{', ' + codec if codec else ''}", highlight=False)
-    parties = Table("party", "online", title="Parties")
-    parties.add_column("codec", overflow="fold")
+    parties = Table(title="Parties")
+    for column in ("party", "group, tier", "state", "codec"):
+        parties.add_column(column, overflow="fold")
     for column in ("merged / buffered / refused", "bytes up", "bytes an update", "staleness, mean / max"):
         parties.add_column(column, justify="right")
     for name, party in sorted(status.parties.items()):
         parties.add_row(
-            name,
-            "yes" if party.online else "no",
+            # Not by markup: it is what somebody wrote.
+            Text(f"{name}\n{party.display_name}".rstrip()),
+            ", ".join(filter(None, (party.group, party.tier))),
+            "suspended" if party.suspended else "online" if party.online else "offline",
             party.codec,
             f"{party.merged} / {party.buffered} / {party.refused}",
             f"{party.bytes_up:,}",

@@ -377,7 +377,7 @@ def federation_key(settings: Settings) -> str | None:
     if not settings.key_file.exists():
         raise ConfigurationError(
             "frames are signed, and there is no key to check them by: use a party file (--enrolment NAME.toml), or give the "
-            "federation's public key by [security] aggregator_key (`broker-fl party show` prints it)"
+            "federation's public key by [security] aggregator_key (`broker-fl party key` prints it)"
         )
     return load_key(settings.key_file).public
 

@@ -44,6 +44,7 @@ def command(
             "--budget-seconds", help="How long sending an update may take, by what was measured of the line.", show_default=False
         ),
     ] = None,
+    metrics_port: options.MetricsPort = None,
     until_stdin_closes: options.UntilStdinCloses = False,
     sets: options.Sets = None,
     log_level: options.Level = LogLevel.INFO,
@@ -66,6 +67,7 @@ def command(
             "worker.threads": threads,
             "worker.budget": budget,
             "worker.budget_seconds": budget_seconds,
+            "metrics.port": metrics_port,
         },
         sets,
     )
@@ -94,10 +96,13 @@ def _check_identity(settings: "Settings", enrolment: Path | None, party: str | N
 
 
 async def _serve(settings: "Settings", *, until_stdin_closes: bool) -> None:
+    from broker_fl.cli.metrics.endpoint import served
+    from broker_fl.cli.metrics.worker import WorkerMetrics
     from broker_fl.cli.running import serve
     from broker_fl.cli.wiring import built_worker, use_threads
     from broker_fl.transports.amqp import amqp_connect
 
     use_threads(settings)
-    with built_worker(settings, amqp_connect(settings.broker)) as service:
-        await serve(service.run(), service.stop, until_stdin_closes=until_stdin_closes)
+    async with served(WorkerMetrics, host=settings.metrics.host, port=settings.metrics.port) as observer:
+        with built_worker(settings, amqp_connect(settings.broker), observer=observer) as service:
+            await serve(service.run(), service.stop, until_stdin_closes=until_stdin_closes)

@@ -346,17 +346,19 @@ class MemoryTransport:
             feed.close()
 
     @asynccontextmanager
-    async def listen(self, exchange: str, *, routing_key: str = "", name: str) -> AsyncIterator["MemorySubscription"]:
+    async def listen(
+        self, exchange: str, *, routing_key: str = "", name: str, queue: str = ""
+    ) -> AsyncIterator["MemorySubscription"]:
         self._alive()
         self._allow("read", self._permissions.read, exchange)
-        queue = Queue(self._broker.new_name(f"listen.{name}"), "classic")
-        self._broker.declare(Topology(queues=(queue,), bindings=(Binding(exchange, queue.name, routing_key),)))
+        own = Queue(self._broker.new_name(queue or f"listen.{name}"), "classic")
+        self._broker.declare(Topology(queues=(own,), bindings=(Binding(exchange, own.name, routing_key),)))
         consumer = _Consumer(name, prefetch=1, settles=False)
         try:
-            async with self._attached(self._broker.queue(queue.name), consumer) as subscription:
+            async with self._attached(self._broker.queue(own.name), consumer) as subscription:
                 yield subscription
         finally:
-            self._broker.delete_queue(queue.name)
+            self._broker.delete_queue(own.name)
 
     def _alive(self) -> None:
         if self._is_lost:

@@ -84,8 +84,9 @@ class Transport(Protocol):
     def follow(self, log: str, *, start: Start, name: str) -> AbstractAsyncContextManager[Feed]:
         """A log from `start` on. `last` may begin some messages before the last one."""
 
-    def listen(self, exchange: str, *, routing_key: str = "", name: str) -> AbstractAsyncContextManager[Feed]:
-        """What is published from now on, through a queue of its own that goes when it closes."""
+    def listen(self, exchange: str, *, routing_key: str = "", name: str, queue: str = "") -> AbstractAsyncContextManager[Feed]:
+        """What is published from now on, through a queue of its own that goes when it closes. `queue` is what the name of that
+        begins with; without it the broker names it."""
 
 
 class Connect(Protocol):

@@ -101,7 +101,8 @@ class Figures:
 async def watch_events(connect: Connect, federation: str, figures: Figures, *, listening: asyncio.Event) -> None:
     """For ever; sets `listening` once nothing can be missed any more."""
     names = Names(federation)
-    async with connect("demo") as transport, transport.listen(names.events, routing_key="#", name="demo") as feed:
+    own = names.own_of("demo")
+    async with connect("demo") as transport, transport.listen(names.events, routing_key="#", name="demo", queue=own) as feed:
         listening.set()
         while True:
             figures.take(wire.decode(Event, (await feed.receive()).body))

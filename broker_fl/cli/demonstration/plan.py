@@ -28,6 +28,8 @@ class Demo:
     """The settings that the user gave."""
     epsilon: float | None = None
     """What each party may spend on its examples; None for no differential privacy."""
+    tls: bool = False
+    """Everyone logs in by a certificate, over TLS."""
     prefix: str = ""
     """Of the parties' names, on a broker that others use too."""
 
