@@ -2,6 +2,7 @@
 
 ARGS :=
 JOBS := auto
+RABBITMQ4 := build/rabbitmq4
 PYTHON := python3.13 python3.12 python3.11 python3
 BIN := .venv/bin
 
@@ -9,10 +10,10 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 VENV := $(shell [ "$$(cat $(INSTALLED) 2>/dev/null)" = "$(CURDIR)" ] && $(BIN)/python -V >/dev/null 2>&1 || echo venv)
 
-.PHONY: help setup venv demo test check format wheel clean
+.PHONY: help setup venv demo test test-rabbitmq4 check format wheel clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
 
 setup: $(INSTALLED) ## everything the others need: .venv with the package; RabbitMQ and PostgreSQL if missing
 
@@ -21,6 +22,12 @@ demo: setup ## a federation on this machine; ARGS="--help" lists its options
 
 test: check ## check, then the tests on private servers, for each of JOBS its own; ARGS="-k name" chooses among them
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+test-rabbitmq4: setup ## the tests that touch RabbitMQ, on a RabbitMQ 4.0 that is unpacked into build/ first
+	@sh deploy/install_rabbitmq4.sh $(RABBITMQ4)
+	@version=$$(cat $(RABBITMQ4)/version) && echo "On RabbitMQ $$version:" && \
+	BROKER_FL_RABBITMQ_SERVER=$(CURDIR)/$(RABBITMQ4)/bin/rabbitmq-server TESTS_RABBITMQ_VERSION=$$version \
+		$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m rabbitmq $(ARGS)
 
 check: setup ## format, lint, types and the floor plan of the imports
 	$(BIN)/ruff format --check .

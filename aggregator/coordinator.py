@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 import structlog
 
-from aggregator.admission import Examined, Limits, Refused, RolledBack, Sender, admit, examine
+from aggregator.admission import Credentials, Examined, Limits, Refused, RolledBack, Sender, admit, examine
 from aggregator.broadcast import BroadcastPlan, Held, exact_keyframe, has_passed, is_due, make_frame
 from aggregator.client_privacy import WARNING
 from aggregator.decisions import (
@@ -403,10 +403,22 @@ class Coordinator:
                 return Verdict(), enrolled
             size = content.place.size
             content = examine(whole, sender, self._rules.limits, arrival.credentials) if isinstance(whole, bytes) else whole
+        content = self._unless_given_up(content, arrival.credentials)
         epsilon = None if self._privacy is None or content.update is None else self._privacy.add(content.update)
         verdict, entry = self._settle(sender, content, size)
         suspension = self._weigh(entry)
         return replace(verdict, epsilon=epsilon, suspends=bool(suspension)), [*enrolled, entry, *suspension]
+
+    def _unless_given_up(self, content: Examined | Refused, credentials: Credentials) -> Examined | Refused:
+        """Not by a key that its party gave up between the look at the message and its turn: the ledger has the newer one, and who
+        verifies it takes that."""
+        signed = credentials.membership
+        if self._trust is None or signed is None or isinstance(content, Refused) or content.signature is None:
+            return content
+        newest = self._trust.member(signed.membership.party)
+        if newest is None or newest.public_key == signed.membership.public_key:
+            return content
+        return Refused("signature", "is signed by a key that its party has given up", content.update)
 
     def _unanswered(self, arrival: Arrival, party: str | None) -> tuple[Verdict, list[Entry]]:
         """Of a message that makes no entry and gets no receipt: it says no id, or one that was decided already and comes too
@@ -427,9 +439,12 @@ class Coordinator:
         known = self._trust.member(signed.membership.party)
         if known is not None and known.revision >= signed.membership.revision:
             return []
-        self._seq += 1
-        entry = party_entry(self._seq, signed, at=self._clock(), version=self._state.version)
+        entry = party_entry(self._seq + 1, signed, at=self._clock(), version=self._state.version)
         self._trust.remember([entry])
+        if self._rules.federation_key is None:
+            # Nobody could check later whose word it was: who leads next asks the register again.
+            return []
+        self._seq += 1
         return [replace(entry, model_digest=self._model_digest)]
 
     def _weigh(self, entry: Entry) -> list[Entry]:

@@ -11,6 +11,9 @@ from aggregator.admission import Refused
 QUARANTINED_PER_MINUTE = 20
 """Of one party: a flood of what is refused must not drive out what others sent."""
 
+ANSWERED_AGAIN_PER_MINUTE = 60
+"""Receipts that one party gets once more, for updates that were decided before: each is signed and published."""
+
 _MINUTE_S = 60.0
 
 
@@ -46,6 +49,7 @@ class Gate:
         self._per_minute = per_minute
         self._bucket = Bucket(per_minute) if per_minute else None
         self._quarantine = Bucket(QUARANTINED_PER_MINUTE)
+        self._again = Bucket(ANSWERED_AGAIN_PER_MINUTE)
         self._part_bytes = part_bytes
         self._max_update_bytes = max_update_bytes
 
@@ -59,3 +63,6 @@ class Gate:
 
     def may_quarantine(self, party: str, *, now: float) -> bool:
         return self._quarantine.take(party, 1.0, now=now)
+
+    def may_answer_again(self, party: str, *, now: float) -> bool:
+        return not self._per_minute or self._again.take(party, 1.0, now=now)

@@ -95,8 +95,9 @@ _KEPT_HEADERS = (
 _HEADER_LENGTH = 200
 
 
-def quarantined(names: Names, delivery: Delivery, refused: Refused) -> Message:
-    """With known headers only, and short ones: all headers together must fit one frame, or the broker closes our connection."""
+def quarantined(names: Names, delivery: Delivery, refused: Refused, *, most_bytes: int) -> Message:
+    """With known headers only, and short ones: all headers together must fit one frame, or the broker closes our connection. Of a
+    body that is too large anyway the rest would only drive others' out."""
     headers: dict[str, Header] = {key: _short(delivery.headers[key]) for key in _KEPT_HEADERS if key in delivery.headers}
     headers |= {
         "x-fl-reason": refused.reason,
@@ -104,7 +105,7 @@ def quarantined(names: Names, delivery: Delivery, refused: Refused) -> Message:
         "x-fl-exchange": delivery.exchange,
         "x-fl-user": delivery.user_id or "",
     }
-    return Message(names.quarantine, delivery.body, message_id=delivery.message_id, headers=headers)
+    return Message(names.quarantine, delivery.body[:most_bytes], message_id=delivery.message_id, headers=headers)
 
 
 def _short(value: Header) -> Header:

@@ -44,6 +44,11 @@ class Reception:
         """What these send is not decoded any more."""
         self._shut_out = frozenset(parties)
 
+    def shut_out_party(self, delivery: Delivery) -> str | None:
+        """Whose it is, where that is one of those; else None."""
+        party = self._party(delivery)
+        return party if party in self._shut_out else None
+
     async def examine(self, deliveries: Sequence[Delivery]) -> list[Arrival]:
         """In their order."""
         parties = [self._party(delivery) for delivery in deliveries]
@@ -62,6 +67,10 @@ class Reception:
         if refused.reason in ("rate", "suspended"):
             return False
         return self._gate.may_quarantine(delivery.exchange, now=asyncio.get_running_loop().time())
+
+    def answers_again(self, delivery: Delivery) -> bool:
+        """Whether one that was decided before gets its receipt once more. Without, an honest sender asks again later."""
+        return self._gate.may_answer_again(delivery.exchange, now=asyncio.get_running_loop().time())
 
     def _party(self, delivery: Delivery) -> str | None:
         """By the exchange, too: who leaves out its user_id is counted all the same."""

@@ -6,6 +6,7 @@ everything about the ledger and the model runs in one thread of its own.
 """
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -137,6 +138,8 @@ class Aggregator:
         self._key = key
         self._suspends = asyncio.Event()
         self._told_suspended: set[str] = set()
+        self._dropped: Counter[str] = Counter()
+        """Messages of suspended parties, until they are logged."""
         self._observer: Observer = observer or Unobserved()
         self._winding_down = asyncio.Event()
         self._stopped = asyncio.Event()
@@ -371,6 +374,9 @@ class Aggregator:
             with suppress(TimeoutError):
                 async with asyncio.timeout(_SHUT_OUT_AGAIN_S):
                     await self._suspends.wait()
+            for party, messages in self._dropped.items():
+                log.warning("what a suspended party had sent was dropped", party=party, messages=messages)
+            self._dropped.clear()
 
     async def _bind_parties(self, transport: Transport) -> None:
         """In every session: where somebody deleted the updates queue, the bindings of the parties went with it, they may not
@@ -409,8 +415,21 @@ class Aggregator:
 
     async def _examine_groups(self, subscription: Subscription, examined: asyncio.Queue[Examination | None]) -> None:
         while True:
-            deliveries = await self._next_group(subscription)
-            await examined.put(Examination(deliveries, await self._reception.examine(deliveries)))
+            deliveries = await self._without_shut_out(subscription, await self._next_group(subscription))
+            if deliveries:
+                await examined.put(Examination(deliveries, await self._reception.examine(deliveries)))
+
+    async def _without_shut_out(self, subscription: Subscription, deliveries: Sequence[Delivery]) -> list[Delivery]:
+        """What is left of a flood when its party is suspended: asking the ledger for each group would keep the others waiting."""
+        others = []
+        for delivery in deliveries:
+            party = self._reception.shut_out_party(delivery)
+            if party is None:
+                others.append(delivery)
+            else:
+                await subscription.acknowledge(delivery.tag)
+                self._dropped[party] += 1
+        return others
 
     async def _next_group(self, subscription: Subscription) -> list[Delivery]:
         group = [await subscription.receive()]
@@ -455,8 +474,10 @@ class Aggregator:
     ) -> None:
         """Receipts and quarantine first, then the acknowledgement: after a crash in between, they are sent again."""
         while (group := await decided.get()) is not None:
-            answered = list(zip(group.deliveries, group.verdicts, strict=False))
-            receipts = await asyncio.to_thread(self._receipts, group.verdicts)
+            answered = [
+                (one, self._not_too_often(one, verdict)) for one, verdict in zip(group.deliveries, group.verdicts, strict=False)
+            ]
+            receipts = await asyncio.to_thread(self._receipts, [verdict for _, verdict in answered])
             answers = zip(answered, receipts, strict=True)
             await asyncio.gather(*(self._answer(transport, *pair, receipt) for pair, receipt in answers))
             reach("aggregator.answered")
@@ -470,6 +491,10 @@ class Aggregator:
     async def _known_parties(self) -> Sequence[str]:
         return sorted({*await self._in_ledger(self._coordinator.parties), *self._members.parties()})
 
+    def _not_too_often(self, delivery: Delivery, verdict: Verdict) -> Verdict:
+        is_answered = not verdict.is_duplicate or self._reception.answers_again(delivery)
+        return verdict if is_answered else replace(verdict, receipt=None)
+
     def _receipts(self, verdicts: Sequence[Verdict]) -> list[Message | None]:
         """In a thread: they are signed."""
         made = (verdict.receipt for verdict in verdicts)
@@ -482,7 +507,8 @@ class Aggregator:
             log.warning(
                 "update refused", reason=verdict.refused.reason, detail=verdict.refused.detail, exchange=delivery.exchange
             )
-            await transport.publish(quarantined(self._names, delivery, verdict.refused))
+            most_bytes = self._limits.max_update_bytes
+            await transport.publish(quarantined(self._names, delivery, verdict.refused, most_bytes=most_bytes))
         if receipt is not None:
             try:
                 await transport.publish(receipt)

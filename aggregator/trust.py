@@ -8,7 +8,8 @@ Three rules make an update count less, and each has its reason:
 norm       larger than `norm_factor` times what the other parties send (the median of their medians): scaled down to that. Two
            others are the least: a single one could say what is usual, and so whom to shut out
 direction  its party pulls against where the model goes: the cosines of its updates to the running direction are below zero by
-           more than `_T_LEAST` standard errors
+           more than `_T_LEAST` standard errors, and those of most others clearly above it. Else the model goes nowhere: near the
+           end of training what honest parties with different data send adds up to nothing, and each pulls against the others
 tier       the party's tier weighs less
 
 and two refuse it: over `outlier_factor` times what the others send (`outlier`), and of a party that is suspended (`suspended`).
@@ -18,9 +19,9 @@ A score, the running mean of what became of a party's updates, ends in a suspens
 import math
 from bisect import bisect_left, insort
 from collections import Counter, deque
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from statistics import fmean, median
+from statistics import median
 
 import numpy as np
 from pydantic import ValidationError
@@ -40,13 +41,15 @@ _REMEMBERED = 32
 """Norms and cosines of each party."""
 
 _LEAST_OTHERS = 2
-_LEAST_NORMS = 10
-"""Of others, before a norm is judged."""
+_LEAST_UPDATES = 10
+"""Of others, before anything is usual."""
 
 _LEAST_COSINES = 10
 _T_LEAST = 4.0
 _LEAST_MEAN_COSINE = 0.02
 """A pull that is weaker than this is none, however sure it is."""
+_LEAST_COMMON_COSINE = 0.1
+"""The median of the other parties' mean cosines, below which they go nowhere together."""
 
 _LEAST_NORM = 1e-20
 """What is smaller says nothing of a direction, and would not be scaled to a unit in float32."""
@@ -96,40 +99,43 @@ class Record:
         count = len(self.cosines)
         if count < _LEAST_COSINES:
             return False
-        mean = math.fsum(self.cosines) / count
+        mean = self.mean_cosine()
         variance = math.fsum((cosine - mean) ** 2 for cosine in self.cosines) / (count - 1)
         return mean < -_LEAST_MEAN_COSINE and mean < -_T_LEAST * math.sqrt(variance / count)
 
+    def mean_cosine(self) -> float:
+        """Where there is one."""
+        return math.fsum(self.cosines) / len(self.cosines)
 
-class UsualNorms:
-    """The median of the parties' median norms, of all but one of them; kept sorted, since there may be ten thousand."""
+
+class Usual:
+    """The median of one figure of each party, of all parties but one; kept sorted, since there may be ten thousand."""
 
     def __init__(self) -> None:
-        self._medians: dict[str, float] = {}
+        self._figures: dict[str, float] = {}
         self._sorted: list[float] = []
         self._counts: Counter[str] = Counter()
         self._total = 0
 
-    def put(self, party: str, norms: Collection[float]) -> None:
-        """In place of what the party had."""
+    def put(self, party: str, figure: float, *, of: int) -> None:
+        """In place of what the party had; `of` so many updates."""
         self.drop(party)
-        if norms:
-            middle = self._medians[party] = median(norms)
-            insort(self._sorted, middle)
-            self._counts[party] = len(norms)
-            self._total += len(norms)
+        self._figures[party] = figure
+        insort(self._sorted, figure)
+        self._counts[party] = of
+        self._total += of
 
     def drop(self, party: str) -> None:
-        middle = self._medians.pop(party, None)
-        if middle is not None:
-            del self._sorted[bisect_left(self._sorted, middle)]
+        figure = self._figures.pop(party, None)
+        if figure is not None:
+            del self._sorted[bisect_left(self._sorted, figure)]
             self._total -= self._counts.pop(party)
 
     def beside(self, party: str) -> float | None:
         """None where too little is known of the others."""
-        own = self._medians.get(party)
+        own = self._figures.get(party)
         others = len(self._sorted) - (own is not None)
-        if others < _LEAST_OTHERS or self._total - self._counts[party] < _LEAST_NORMS:
+        if others < _LEAST_OTHERS or self._total - self._counts[party] < _LEAST_UPDATES:
             return None
         place = len(self._sorted) if own is None else bisect_left(self._sorted, own)
         return (self._other(place, (others - 1) // 2) + self._other(place, others // 2)) / 2
@@ -184,7 +190,7 @@ class Trust:
         self._records: dict[str, Record] = {}
         self._members: dict[str, Membership] = {}
         self._shut_out: dict[str, Suspension] = {}
-        self._usual = UsualNorms()
+        self._usual_norm, self._usual_cosine = Usual(), Usual()
         self._direction = Direction(size) if settings.direction else None
 
     def remember(self, entries: Iterable[Entry]) -> None:
@@ -195,7 +201,7 @@ class Trust:
             elif entry.kind == "suspension":
                 self._shut_out[entry.party or ""] = Suspension(entry.sequence or 0, entry.detail or "")
                 # What it sent says no more what is usual.
-                self._usual.drop(entry.party or "")
+                self._drop(entry.party or "")
             elif entry.kind == "update":
                 self._weigh(entry)
 
@@ -205,17 +211,23 @@ class Trust:
             # An operator knows of it: what counts from here on is the register, and the party begins anew.
             del self._shut_out[membership.party]
             self._records.pop(membership.party, None)
-            self._usual.drop(membership.party)
+            self._drop(membership.party)
         self._members[membership.party] = membership
 
+    def _drop(self, party: str) -> None:
+        self._usual_norm.drop(party)
+        self._usual_cosine.drop(party)
+
     def _weigh(self, entry: Entry) -> None:
-        record = self._records.setdefault(entry.party or "", Record())
+        party = entry.party or ""
+        record = self._records.setdefault(party, Record())
         if entry.outcome in ("merged", "buffered"):
             if entry.norm is not None:
                 record.norms.append(entry.norm)
-                self._usual.put(entry.party or "", record.norms)
+                self._usual_norm.put(party, median(record.norms), of=len(record.norms))
             if entry.cosine is not None:
                 record.cosines.append(entry.cosine)
+                self._usual_cosine.put(party, record.mean_cosine(), of=len(record.cosines))
             goodness = _GOODNESS.get(entry.reason or "", 1.0)
         elif entry.reason in _HOSTILE:
             goodness = 0.0
@@ -248,7 +260,7 @@ class Trust:
     def judge(self, examined: Examined) -> Judgement | Refused:
         """Of an update whose turn it is."""
         party, norm = examined.update.party, examined.norm
-        usual = self._usual.beside(party)
+        usual = self._usual_norm.beside(party)
         bound = _times(self._settings.outlier_factor, usual)
         if bound is not None and norm > bound:
             return Refused(
@@ -285,14 +297,12 @@ class Trust:
         record = self._records.get(party)
         if cosine is None or record is None or not record.pulls_against():
             return []
-        mean = fmean(record.cosines)
-        return [
-            (
-                self._settings.direction_weight,
-                "direction",
-                f"its updates have a mean cosine of {mean:.3f} to the running direction",
-            )
-        ]
+        common = self._usual_cosine.beside(party)
+        if common is None or common < _LEAST_COMMON_COSINE:
+            return []
+        mean = record.mean_cosine()
+        detail = f"its updates have a mean cosine of {mean:.3f} to the running direction, and most others of {common:.3f}"
+        return [(self._settings.direction_weight, "direction", detail)]
 
     def below_threshold(self, party: str) -> float | None:
         """The score that suspends the party; None where it is high enough."""

@@ -327,7 +327,7 @@ def _sequences(ledger_url: str) -> dict[str, list[int]]:
     sequences: dict[str, list[int]] = defaultdict(list)
     with open_ledger_for_reading(ledger_url) as ledger:
         for entry in ledger.entries_after(0):
-            if entry.party is not None and entry.sequence is not None:
+            if entry.kind == "update" and entry.party is not None and entry.sequence is not None:
                 sequences[entry.party].append(entry.sequence)
     return sequences
 

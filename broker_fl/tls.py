@@ -36,6 +36,8 @@ def tls_context(broker: BrokerSettings) -> ssl.SSLContext:
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    # The common name is a user's: only alternative names are a host's.
+    context.hostname_checks_common_name = False
     if broker.ca is None:
         context.load_default_certs()
     else:

@@ -7,6 +7,7 @@ import numpy as np
 from broker_fl.codecs.chain import change, rounded
 from broker_fl.codecs.codec import encode, parse_codec
 from broker_fl.parameters import digest
+from broker_fl.signing import SIGNATURE, body_statement
 from broker_fl.topology import Names
 from broker_fl.transports.parts import split
 from broker_fl.transports.transport import Message
@@ -100,20 +101,24 @@ class Broadcaster:
         )
 
 
-def messages(exchange, frame, *, part_bytes=None):
-    """Of one frame, as the aggregator publishes it, in parts where their size is given."""
+def messages(exchange, frame, *, part_bytes=None, key=None):
+    """Of one frame, as the aggregator publishes it: in parts where their size is given, signed where there is a key."""
     kind = "delta" if frame.base is not None else "keyframe" if frame.payload else "announcement"
     headers = {"x-fl-number": frame.number, "x-fl-kind": kind, "x-fl-version": frame.version, "x-fl-base": frame.base or 0}
-    message = Message(exchange, wire.encode(frame), message_id=f"{frame.digest[:8]}-{kind}-{frame.number}", headers=headers)
+    headers["x-fl-codec"] = frame.codec
+    body = wire.encode(frame)
+    if key is not None:
+        headers[SIGNATURE] = key.sign("frame", body_statement(body))
+    message = Message(exchange, body, message_id=f"{frame.digest[:8]}-{kind}-{frame.number}", headers=headers)
     return list(split(message, part_bytes=part_bytes or 1, limit_bytes=0 if part_bytes else 1 << 30))
 
 
-async def publish(transport, pair, *, part_bytes=None):
+async def publish(transport, pair, *, part_bytes=None, key=None):
     """A keyframe, if there is one, just before the frame of its number. Returns the latter."""
     keyframe, frame = pair
     names = Names(frame.federation)
     for exchange, one in ((names.keyframes, keyframe), (names.model, frame)):
         if one is not None:
-            for message in messages(exchange, one, part_bytes=part_bytes):
+            for message in messages(exchange, one, part_bytes=part_bytes, key=key):
                 await transport.publish(message)
     return frame

@@ -3,6 +3,7 @@ for each test that asks for one."""
 
 import asyncio
 import os
+import re
 import secrets
 import shutil
 import tempfile
@@ -15,6 +16,12 @@ from local_postgresql import LocalPostgreSQL, find_postgresql, local_postgresql
 
 from broker_fl.management import Management
 from broker_fl.transports.local_rabbitmq import LocalRabbitMQ, find_rabbitmq, local_rabbitmq
+
+VERSION_VARIABLE = "TESTS_RABBITMQ_VERSION"
+"""The environment variable that names the version of RabbitMQ which the tests are to run on, and no other."""
+
+DEPRECATED = re.compile(rb"Deprecated features: `(\w+)`")
+"""How RabbitMQ (since 3.13) warns of what a later version will not have. Its management plugin is the first to be warned."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -43,9 +50,17 @@ def rabbitmq() -> Iterator[LocalRabbitMQ]:
         opened = local_rabbitmq(max_message_size_bytes=16 << 20, stop_timeout_s=0)
         node = runner.run(opened.__aenter__())
         try:
+            runner.run(check_version(node))
             yield node
+            assert set(DEPRECATED.findall(node.log.read_bytes())) <= {b"management_metrics_collection"}
         finally:
             runner.run(opened.__aexit__(None, None, None))
+
+
+async def check_version(node: LocalRabbitMQ) -> None:
+    async with Management(node.management_url) as management:
+        version = (await management.overview()).rabbitmq_version
+    assert version == os.environ.get(VERSION_VARIABLE, version), f"the tests run on RabbitMQ {version}"
 
 
 @pytest.fixture

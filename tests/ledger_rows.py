@@ -4,9 +4,9 @@ import uuid
 from contextlib import contextmanager
 from dataclasses import replace
 
-from aggregator.admission import payload_digest
 from aggregator.opening import open_ledger
 from aggregator.records import Entry, FrameRow, PartRow
+from broker_fl.signing import payload_digest
 
 
 @contextmanager

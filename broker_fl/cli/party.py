@@ -60,9 +60,7 @@ def add(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(
-            help="Where to write NAME.toml: a file or a folder; with --from a folder. Without it, here.", show_default=False
-        ),
+        typer.Option(help="Where to write NAME.toml: a folder, or a file *.toml; without it, here.", show_default=False),
     ] = None,
     display_name: DisplayName = None,
     group: Group = None,
@@ -123,9 +121,7 @@ def rotate(
     name: Name,
     config: options.Config = None,
     broker: options.Broker = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Where its file is, or the folder of it; NAME.toml by default.", show_default=False)
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Where its file is, as with `add`.", show_default=False)] = None,
     public_key: PublicKey = None,
     certificate: ByCertificate = False,
     external: External = False,
@@ -221,10 +217,13 @@ def _load(config: Path | None, broker: str | None, sets: list[str] | None) -> "S
 
 
 def _file(out: Path | None, name: str) -> Path:
-    named = Path(f"{name}.toml")
-    if out is None:
-        return named
-    return out / named if out.is_dir() else out
+    if out is not None and out.suffix == ".toml":
+        return out
+    from broker_fl.enrolment import make_folder_of_files
+
+    folder = out or Path()
+    make_folder_of_files(folder)
+    return folder / f"{name}.toml"
 
 
 def _given(

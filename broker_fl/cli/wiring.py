@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -89,6 +89,7 @@ def built_aggregator(
     if settings.codec.up_budget is not None:
         with _named("[codec] up_budget"):
             up = fitted(up, settings.codec.up_budget, manifest=manifest)
+    limits = _limits(settings, manifest)
     if settings.security.signatures and register is None:
         raise ConfigurationError("[security] signatures = true needs a register of the parties' keys, and this broker keeps none")
     if settings.aggregator.ledger is None:
@@ -96,7 +97,7 @@ def built_aggregator(
     key = load_or_make_key(settings.key_file) if settings.security.signatures else None
     with open_ledger(ledger_url(settings)) as ledger:
         ledger_id = ledger.facts()["ledger_id"]
-        limits = _limits(settings, manifest, signed_for=None if key is None else ledger_id)
+        limits = replace(limits, signed_for=None if key is None else ledger_id)
         plan = _plan(settings, manifest, ledger_id=ledger_id, up=up.name, down=down.name)
         with _named("[codec] warm_up_versions"):
             plan.at(0)  # A codec that cannot warm up is a mistake in the settings, to be told before anything is opened.
@@ -137,7 +138,7 @@ def _named(keys: str) -> Iterator[None]:
         raise ConfigurationError(f"{keys}: {exc}") from exc
 
 
-def _limits(settings: Settings, manifest: Manifest, *, signed_for: str | None) -> Limits:
+def _limits(settings: Settings, manifest: Manifest) -> Limits:
     dense_bytes = 4 * manifest.size + (64 << 10)
     return Limits(
         names=Names(settings.federation.name),
@@ -145,7 +146,6 @@ def _limits(settings: Settings, manifest: Manifest, *, signed_for: str | None) -
         max_update_bytes=settings.aggregator.max_update_bytes or dense_bytes,
         max_update_norm=settings.aggregator.max_update_norm,
         privacy=_demands(settings),
-        signed_for=signed_for,
     )
 
 

@@ -204,7 +204,8 @@ def read_credentials(file: Path) -> Credentials | None:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as exc:
         raise ConfigurationError(f"{file} cannot be read: move it away ({exc})") from exc
     try:
-        broker, key = values["broker"], values["security"].get("party_key")
+        # One from before there were keys has no [security].
+        broker, key = values["broker"], values.get("security", {}).get("party_key")
         password = urlsplit(broker["url"]).password
         has_certificate = "certificate" in broker
         certificate = Certificate(broker["certificate"], SecretStr(broker["certificate_key"])) if has_certificate else None

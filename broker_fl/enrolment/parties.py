@@ -19,6 +19,7 @@ from broker_fl.signing import SigningKey
 from broker_fl.topology import (
     SUSPENDED,
     InboxLimits,
+    Permissions,
     Topology,
     operator_policies,
     party,
@@ -65,6 +66,10 @@ class _Ready:
     @property
     def membership(self) -> Membership | None:
         return self.signed.membership if self.signed is not None else self.plan.known.membership
+
+    @property
+    def is_suspended(self) -> bool:
+        return self.membership is not None and self.membership.suspended
 
     @property
     def outcome(self) -> Outcome:
@@ -153,7 +158,9 @@ def _judged(office: Office, facts: PartyFacts, known: Known, keeper: Keeper) -> 
         if finished is not None:
             return "{0}: there is a file of an earlier enrolment, and the broker knows no such party: move the file away first"
         return _Plan(facts, known, is_new=True, begun=begun)
-    if begun is not None and begun.opens(user):
+    # Half-way, it has no rights yet.
+    is_ours = known.is_party(office, name) or (begun is not None and not (known.permissions or user.tags))
+    if begun is not None and is_ours and begun.opens(user):
         return _Plan(facts, known, is_new=False, begun=begun)
     if not known.is_party(office, name):
         return "{0}: the broker has such a user, which is no party of this federation: choose another name"
@@ -213,14 +220,13 @@ def _finished(ready: Iterable[_Ready], keeper: Keeper) -> None:
 async def _enrol(office: Office, ready: Sequence[_Ready], found: Found | None) -> None:
     """By one import; `found` is what was there of exchanges, queues and bindings, None for few parties, where it is asked."""
     vhost, federation = office.management.vhost, office.federation
-    granted = {one.name: party_permissions(federation, one.name) for one in ready}
     users = [_user(office, one) for one in ready if one.plan.is_new]
     own = [party(federation, one.name) for one in ready]
     body = render(
         vhost,
         *(() if found is None else (_missing(topology, found) for topology in own)),
         users=[user for user in users if user is not None],
-        permissions={one.name: granted[one.name] for one in ready if one.plan.known.permissions.get(vhost) != granted[one.name]},
+        permissions={one.name: granted for one in ready if (granted := _granted(office, one)) is not None},
         global_parameters={
             office.shelf.name_of(one.name): one.signed.model_dump(mode="json") for one in ready if one.signed is not None
         },
@@ -240,15 +246,23 @@ def _user(office: Office, one: _Ready) -> definitions.User | None:
         return None
     old = one.plan.known.user
     tags = () if old is None else old.tags
-    return definitions.User(one.name, one.credentials.hash(), tags, _limits(office, one.membership))
+    return definitions.User(one.name, one.credentials.hash(), tags, _limits(office, one))
 
 
-def _limits(office: Office, member: Membership | None) -> dict[str, int]:
-    return {**office.limits, **(SUSPENDED if member is not None and member.suspended else {})}
+def _granted(office: Office, one: _Ready) -> Permissions | None:
+    """None where nothing has to change."""
+    known, wanted = one.plan.known, party_permissions(office.federation, one.name)
+    is_shut_out = one.is_suspended and known.is_used_elsewhere(office)
+    return None if is_shut_out or known.permissions.get(office.management.vhost) == wanted else wanted
+
+
+def _limits(office: Office, one: _Ready) -> dict[str, int]:
+    is_shut_out = one.is_suspended and not one.plan.known.is_used_elsewhere(office)
+    return {**office.limits, **(SUSPENDED if is_shut_out else {})}
 
 
 async def _limit(office: Office, one: _Ready) -> None:
-    user, wanted = one.plan.known.user, _limits(office, one.membership)
+    user, wanted = one.plan.known.user, _limits(office, one)
     if user is not None and user.limits != wanted:
         await office.management.put_user_limits(one.name, wanted)
 
@@ -310,7 +324,8 @@ async def change_party(office: Office, facts: PartyFacts) -> Membership:
 async def suspend_party(office: Office, name: str, reason: str = "") -> int:
     """Its user stays, and may not log in; its connections are closed; what it sent before is refused. Gives how many connections.
 
-    Raises NotFoundError, BrokerError.
+    A user with rights in another virtual host, or of an administrator, goes on there, and has none here. Raises NotFoundError,
+    BrokerError.
     """
     known = await _enrolled(office, name)
     member = known.membership
@@ -319,7 +334,11 @@ async def suspend_party(office: Office, name: str, reason: str = "") -> int:
     if known.user is None:
         return 0
     # Before its connections are closed, or it opens them again.
-    await office.management.put_user_limits(name, SUSPENDED)
+    if known.is_used_elsewhere(office):
+        with suppress(NotFoundError):
+            await office.management.delete_permissions(name)
+    else:
+        await office.management.put_user_limits(name, SUSPENDED)
     return await office.management.close_connections(name, "the party is suspended")
 
 
@@ -330,6 +349,7 @@ async def resume_party(office: Office, name: str) -> None:
     if member is not None and member.suspended:
         await office.shelf.put(_next(office, name, member, {"suspended": False, "reason": ""}))
     if known.user is not None:
+        await office.management.put_permissions(name, party_permissions(office.federation, name))
         await office.management.put_user_limits(name, office.limits)
 
 
@@ -362,12 +382,9 @@ async def remove_party(office: Office, name: str) -> bool:
 async def _shut_out(office: Office, name: str, *, is_gone: bool) -> None:
     management = office.management
     with suppress(NotFoundError):
-        if is_gone:
-            await management.delete_user(name)
-        else:
-            await management.delete_permissions(name)
-            # A busy channel would go on publishing for seconds.
-            await management.close_connections(name, "the party is removed")
+        await (management.delete_user(name) if is_gone else management.delete_permissions(name))
+    # Without its rights alone, a busy channel would go on publishing for seconds.
+    await management.close_connections(name, "the party is removed")
 
 
 async def _left_behind(office: Office, name: str) -> bool:

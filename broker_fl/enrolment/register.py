@@ -3,13 +3,14 @@
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import structlog
 
 from broker_fl.config import Settings
 from broker_fl.enrolment.office import Office
 from broker_fl.enrolment.parties import suspend_party
-from broker_fl.enrolment.shelf import claim_key, management_of
+from broker_fl.enrolment.shelf import Shelf, claim_key, management_of
 from broker_fl.signing import SigningKey
 from schemas.membership import SignedMembership
 
@@ -24,20 +25,21 @@ class Register:
         self._settings = settings
         self._clock = clock
         self._key: SigningKey | None = None
+        self._checked: dict[str, tuple[object, SignedMembership]] = {}
         self._told: set[str] = set()
 
     async def all(self) -> dict[str, SignedMembership]:
         """By party. Entries that the federation's key did not sign are left out, with a warning."""
-        async with self._office() as office:
-            found, planted = await office.shelf.all()
+        async with self._shelf() as shelf:
+            found, planted = await shelf.all()
         for party in planted:
             self._warn(party)
         self._told &= set(planted)
         return found
 
     async def one(self, party: str) -> SignedMembership | None:
-        async with self._office() as office:
-            found, is_planted = await office.shelf.one(party)
+        async with self._shelf() as shelf:
+            found, is_planted = await shelf.one(party)
         if is_planted:
             self._warn(party)
         return found
@@ -46,6 +48,11 @@ class Register:
         """As `broker-fl party suspend`. Raises NotFoundError for one that is not enrolled."""
         async with self._office() as office:
             await suspend_party(office, party, reason)
+
+    @asynccontextmanager
+    async def _shelf(self) -> AsyncIterator[Shelf]:
+        async with self._office() as office:
+            yield replace(office.shelf, checked=self._checked)
 
     @asynccontextmanager
     async def _office(self) -> AsyncIterator[Office]:

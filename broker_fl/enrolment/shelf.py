@@ -9,7 +9,7 @@ change: what the federation's key did not sign, for this party of this federatio
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pydantic import ValidationError
 
@@ -25,11 +25,13 @@ from schemas.membership import Membership, SignedMembership
 
 @dataclass(frozen=True, slots=True)
 class Shelf:
-    """Where one federation's entries are. `key` is the federation's public one; without it nothing is checked."""
+    """Where one federation's entries are. `key` is the federation's public one; without it nothing is checked. `checked`
+    remembers, by party, what was checked and what came of it."""
 
     management: Management
     federation: str
     key: str | None
+    checked: dict[str, tuple[object, SignedMembership]] = field(default_factory=dict)
 
     @property
     def _prefix(self) -> str:
@@ -73,6 +75,15 @@ class Shelf:
         return known, planted
 
     def _checked(self, party: str, value: object) -> SignedMembership | None:
+        known = self.checked.get(party)
+        if known is not None and known[0] == value:
+            return known[1]
+        signed = self._check(party, value)
+        if signed is not None:
+            self.checked[party] = (value, signed)
+        return signed
+
+    def _check(self, party: str, value: object) -> SignedMembership | None:
         try:
             signed = SignedMembership.model_validate(value)
         except ValidationError:

@@ -78,8 +78,8 @@ class Follower:
     """Holds the model of the newest frame that it could follow to; lives longer than any connection.
 
     `initial` is the model that the task's seed draws: where the federation began with the same, no keyframe is needed. `read` is
-    told of every message that is read, see Traffic. Where there is a `federation_key`, what it did not sign is left out, whatever the
-    broker says. Nothing is decoded or added up on the event loop. One call of `next` at a time.
+    told of every message that is read, see Traffic. Where there is a `federation_key`, what it did not sign is left out, whatever
+    the broker says. Nothing is decoded or added up on the event loop. One call of `next` at a time.
     """
 
     def __init__(

@@ -9,23 +9,27 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from enrolled_parties import FEDERATION_KEY, signature_of
 from sqlalchemy import update
 
-from aggregator.admission import Limits
+from aggregator.admission import ANONYMOUS, Credentials, Limits
 from aggregator.broadcast import BroadcastPlan
 from aggregator.chain import link
 from aggregator.coordinator import Coordinator, Rules
 from aggregator.decisions import Goal
+from aggregator.gate import Gate
 from aggregator.merging.strategies import build_strategy
 from aggregator.opening import open_ledger, open_ledger_for_reading
+from aggregator.reception import arrive
 from aggregator.records import ENTRIES
-from aggregator.service import Aggregator, Pace, arrive
+from aggregator.service import Aggregator, Pace
 from aggregator.snapshots import Snapshots
 from broker_fl.codecs.chain import change, whole_model
 from broker_fl.codecs.codec import encode, parse_codec
-from broker_fl.config import MergingSettings
+from broker_fl.config import MergingSettings, TrustSettings
 from broker_fl.database import sqlite_url
 from broker_fl.parameters import digest, manifest_of
+from broker_fl.signing import SIGNATURE
 from broker_fl.topology import Names, party, party_permissions, policies, shared
 from broker_fl.transports.memory import MemoryBroker
 from broker_fl.transports.parts import Assembler, split
@@ -121,6 +125,8 @@ class Bench:
         snapshot_every_versions=1000,
         fraction=1.0,
         parts_expire_s=3600.0,
+        trust=None,
+        federation_key=None,
         **limits,
     ):
         merging = merging or MergingSettings()
@@ -150,6 +156,8 @@ class Bench:
             goal=goal or Goal(),
             snapshot_every_versions=snapshot_every_versions,
             parts_expire_s=parts_expire_s,
+            trust=trust,
+            federation_key=federation_key,
         )
 
     @contextmanager
@@ -214,17 +222,33 @@ class Bench:
         }
         return ModelUpdate(**{**facts, **changes})
 
-    def message(self, update, *, party=None):
+    def message(self, update, *, party=None, headers=None):
         party = party or update.party
-        return Message(self.names.up(party), wire.encode(update), message_id=update.update_id)
+        return Message(self.names.up(party), wire.encode(update), message_id=update.update_id, headers=headers or {})
 
-    def arrival(self, update, *, user=None, limits=None):
-        return self.arrivals(update, user=user, limits=limits)[0]
+    def arrival(self, update, *, user=None, limits=None, credentials=ANONYMOUS):
+        return self.arrivals(update, user=user, limits=limits, credentials=credentials)[0]
 
-    def arrivals(self, update, *, user=None, limits=None, part_bytes=1 << 20, limit_bytes=1 << 30):
+    def arrivals(self, update, *, user=None, limits=None, credentials=ANONYMOUS, part_bytes=1 << 20, limit_bytes=1 << 30):
         """One, or several parts, as the aggregator's decoders find them."""
         messages = split(self.message(update), part_bytes=part_bytes, limit_bytes=limit_bytes)
-        return [arrive(delivered(message, user=user or update.party), limits or self.limits()) for message in messages]
+        user, limits = user or update.party, limits or self.limits()
+        return [arrive(delivered(message, user=user), limits, credentials) for message in messages]
+
+    @property
+    def ledger_id(self):
+        with self.ledger() as ledger:
+            return ledger.facts()["ledger_id"]
+
+    def signing_limits(self, **changes):
+        """Of a federation that asks for signatures."""
+        return self.limits(signed_for=self.ledger_id, **changes)
+
+    def signed_arrivals(self, update, *, member, key=None, limits=None, **how):
+        """Of an update that names this ledger, signed by its party, whom the register says to be this member."""
+        update = update.model_copy(update={"ledger": self.ledger_id})
+        credentials = Credentials(member, signature_of(update, key))
+        return self.arrivals(update, limits=limits or self.signing_limits(), credentials=credentials, **how)
 
 
 class Follower:
@@ -301,12 +325,26 @@ class Ward:
         return self.broker.connect(name)
 
     @asynccontextmanager
-    async def running(self, *, connect=None, clock=time.time, seconds=None, pace=None, limits=None, **rules):
+    async def running(
+        self,
+        *,
+        connect=None,
+        clock=time.time,
+        seconds=None,
+        pace=None,
+        limits=None,
+        observer=None,
+        register=None,
+        key=None,
+        per_minute=None,
+        **rules,
+    ):
         """The aggregator at work; at the end it is stopped, unless it has ended by itself.
 
         What it fails with is raised at the end; `ended` waits for its own end.
         """
         limits = limits or self.bench.limits()
+        gate = Gate(per_minute=per_minute, part_bytes=1024, max_update_bytes=limits.max_update_bytes)
         with self.bench.coordinator(clock=clock, **rules) as coordinator:
             service = Aggregator(
                 connect or self.connect,
@@ -316,6 +354,10 @@ class Ward:
                 pace=Pace(**{**PACE, **(pace or {})}),
                 clock=clock,
                 seconds=seconds,
+                observer=observer,
+                register=register,
+                key=key,
+                gate=gate,
             )
             running = Running(service, coordinator)
             async with asyncio.timeout(PATIENCE_S), asyncio.TaskGroup() as group:
@@ -324,6 +366,19 @@ class Ward:
                     yield running
                 finally:
                     service.stop()
+
+    def signing(self, register, **more):
+        """What `running` takes where signatures are asked for."""
+        ledger_id = self.bench.ledger_id
+        return {
+            "register": register,
+            "key": FEDERATION_KEY,
+            "federation_key": FEDERATION_KEY.public,
+            "limits": self.bench.limits(signed_for=ledger_id),
+            "signed_for": ledger_id,
+            "trust": TrustSettings(),
+            **more,
+        }
 
     @asynccontextmanager
     async def party(self, name="ann"):
@@ -425,8 +480,15 @@ class Party:
         await self.send_again(update, parts_of=parts_of)
         return update
 
-    async def send_again(self, update, *, parts_of=None):
-        message = self._ward.bench.message(update, party=self.name)
+    async def send_signed(self, base, *, key=None, parts_of=None, **changes):
+        """By the party's own key unless another is named."""
+        update = self._ward.bench.update(self.name, base=base, **{"ledger": base.ledger, **changes})
+        await self.send_again(update, parts_of=parts_of, signature=signature_of(update, key))
+        return update
+
+    async def send_again(self, update, *, parts_of=None, signature=None):
+        headers = {} if signature is None else {SIGNATURE: signature}
+        message = self._ward.bench.message(update, party=self.name, headers=headers)
         for part in split(message, part_bytes=parts_of or 1, limit_bytes=0 if parts_of else 1 << 30):
             await self.transport.publish(part)
 

@@ -320,7 +320,7 @@ class TestAdmission:
         assert (state.model == 1).all()
 
 
-def test_parts_that_cannot_be_are_the_one_reason_that_is_found_before_examination():
+def test_every_reason_is_found_here_but_for_parts_floods_and_what_trust_says():
     with pytest.raises(DecodeError):
         part_of({"x-fl-part": 0})
     found_here = {
@@ -336,5 +336,7 @@ def test_parts_that_cannot_be_are_the_one_reason_that_is_found_before_examinatio
         "too_stale",
         "repeated",
         "privacy",
+        "signature",
     }
-    assert set(get_args(Reason)) == found_here | {"parts"}
+    of_trust = {"outlier", "suspended", "norm", "direction", "tier"}
+    assert set(get_args(Reason)) == found_here | of_trust | {"parts", "rate"}

@@ -8,7 +8,7 @@ from broadcasting import Broadcaster, publish
 from structlog.testing import capture_logs
 
 from aggregator.evaluator import Evaluator, Score
-from broker_fl.errors import BrokerUnavailableError, ManifestMismatchError, NotFoundError
+from broker_fl.errors import BrokerUnavailableError, ManifestMismatchError, NotFoundError, UntrustedBrokerError
 from broker_fl.parameters import manifest_of
 from broker_fl.transports.transport import Message
 
@@ -257,15 +257,16 @@ async def test_score_that_could_not_be_told_is_told_when_the_broker_is_back(stud
     assert is_lost
 
 
-async def test_queue_that_is_missing_after_it_was_there_is_waited_for(studio):
-    """A broker that starts again does not know all of its queues and exchanges at once."""
+@pytest.mark.parametrize("gone", [NotFoundError, UntrustedBrokerError])
+async def test_broker_that_is_not_what_it_was_is_waited_for(studio, gone):
+    """One that starts again does not know all of its queues and exchanges at once."""
     attempts = []
 
     @asynccontextmanager
     async def connect(name):
         attempts.append(name)
         if len(attempts) == 2:
-            raise NotFoundError("no vhost")
+            raise gone("no vhost, or an expired certificate")
         async with studio.ward.broker.connect(name) as transport:
             yield transport
 
@@ -277,6 +278,15 @@ async def test_queue_that_is_missing_after_it_was_there_is_waited_for(studio):
         await studio.broadcast(2, accuracy=0.2, over=True)
         await task
     assert len(attempts) == 3
+
+
+async def test_broker_that_does_not_prove_who_it_is_ends_the_evaluator_that_starts(studio):
+    def connect(_):
+        raise UntrustedBrokerError("the certificate of the broker is from an unknown CA")
+
+    with pytest.RaisesGroup(UntrustedBrokerError, flatten_subgroups=True, allow_unwrapped=True):
+        async with studio.running(connect) as task:
+            await asyncio.shield(task)
 
 
 async def test_federation_that_is_not_there_ends_the_evaluator(studio):

@@ -1,18 +1,21 @@
-"""What an auditor does with the exported lines: with SHA-256 and text alone, as the words in `aggregator/chain.py` say it."""
+"""What an auditor does with the exported lines: with SHA-256, text and RFC 8032 alone, as the words in `aggregator/chain.py` and
+`broker_fl/signing.py` say it."""
 
 import hashlib
 import json
 import sqlite3
 from contextlib import closing
 
+import ed25519_by_the_rfc as rfc8032
 import pytest
+from enrolled_parties import FEDERATION_KEY, key_of, membership
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from aggregator.compaction import compact
 from aggregator.export import lines
 from aggregator.history import roll_back
-from broker_fl.config import MergingSettings
+from broker_fl.config import MergingSettings, TrustSettings
 from broker_fl.errors import DamagedError
 from schemas.privacy import PrivacyFacts
 
@@ -29,6 +32,33 @@ def audit(text):
     return place.hex()
 
 
+STATED = (
+    "base_digest",
+    "base_version",
+    "codec",
+    "noise_multiplier",
+    "num_samples",
+    "num_steps",
+    "party",
+    "payload_digest",
+    "sample_rate",
+    "sequence",
+    "train_loss",
+    "update_id",
+)
+
+
+def is_signed(text, number, public_key):
+    """Whether the party with this key signed the update in this line, counted from 0, the header."""
+    lines = text.splitlines()
+    header, entry = json.loads(lines[0]), json.loads(lines[number])
+    stated = {name: entry[name] for name in STATED if name in entry}
+    stated |= {name: header[name] for name in ("federation", "ledger", "manifest")}
+    statement = json.dumps(stated, sort_keys=True, separators=(",", ":")).encode("ascii")
+    signed = b"broker-fl/update/1" + bytes([0]) + statement
+    return rfc8032.is_signed(bytes.fromhex(public_key), signed, bytes.fromhex(entry["signature"]))
+
+
 def _export(bench):
     with bench.ledger() as ledger:
         return "".join(f"{line}\n" for line in lines(ledger))
@@ -36,22 +66,29 @@ def _export(bench):
 
 @pytest.fixture(scope="module")
 def life(new_bench):
-    """Merged, buffered, refused, flushed, gone back, other settings; one of the updates is noised."""
+    """Merged, buffered, refused, flushed, gone back, suspended, other settings; one of the updates is noised. What ann sends is
+    signed, and what bob sends comes before signatures were asked for."""
     bench = new_bench()
-    with bench.opened(snapshot_every_versions=2) as coordinator:
-        base = bench.frames()[0]
-        for seed in range(4):
-            coordinator.decide([bench.arrival(bench.update(base=base, seed=seed))])
-        coordinator.decide([bench.arrival(bench.update(base=base, base_digest="0" * 64))])
-        noised = PrivacyFacts(noise_multiplier=1.1, sample_rate=0.0625, max_grad_norm=0.5)
-        coordinator.decide([bench.arrival(bench.update(base=base, num_steps=40, train_loss=None, privacy=noised))])
-        bench.publish(coordinator)
-    with bench.ledger() as ledger:
-        roll_back(ledger, bench.snapshots(), to=1, holder="an operator", at=7.0)
+    signed = {"signed_for": bench.ledger_id, "federation_key": FEDERATION_KEY.public, "trust": TrustSettings(suspend_below=0.95)}
     with bench.opened(merging=MergingSettings(strategy="fedbuff", buffer_size=5)) as coordinator:
         for seed in range(2):
             coordinator.decide([bench.arrival(bench.update("bob", base=bench.frames()[-1], seed=seed))])
+    with bench.opened(snapshot_every_versions=2, **signed) as coordinator:
+        base = bench.frames()[-1]
+
+        def decide(**changes):
+            coordinator.decide(bench.signed_arrivals(bench.update(base=base, **changes), member=membership("ann")))
+
+        for seed in range(4):
+            decide(seed=seed, train_loss=0.1 * seed)
+        decide(base_digest="0" * 64)
+        noised = PrivacyFacts(noise_multiplier=1.1, sample_rate=0.0625, max_grad_norm=0.5)
+        decide(num_steps=40, train_loss=None, privacy=noised)
+        bench.publish(coordinator)
+        decide(codec="float32", payload=b"none")
         coordinator.finish()
+    with bench.ledger() as ledger:
+        roll_back(ledger, bench.snapshots(), to=1, holder="an operator", at=7.0)
     return bench
 
 
@@ -68,14 +105,46 @@ def test_auditor_confirms_an_honest_export(life, exported):
     first, *entries = map(json.loads, exported.splitlines())
     assert first == {
         "federation": "ward",
-        "format": "4",
+        "format": "5",
         "kind": "ledger",
         "ledger": facts["ledger_id"],
         "manifest": facts["manifest"],
     }
     assert [entry["seq"] for entry in entries] == list(range(1, newest.seq + 1))
-    assert {entry["kind"] for entry in entries} == {"update", "flush", "merging", "rollback"}
+    assert {entry["kind"] for entry in entries} == {"update", "flush", "merging", "rollback", "party", "suspension"}
     assert {entry.get("outcome") for entry in entries} == {None, "merged", "buffered", "refused"}
+
+
+def test_auditor_confirms_who_signed_the_updates_by_the_keys_that_the_parties_gave_him(exported):
+    entries = list(map(json.loads, exported.splitlines()))
+    signed = [number for number, entry in enumerate(entries) if "signature" in entry]
+    assert [number for number in signed if is_signed(exported, number, key_of("ann").public)] == signed
+    merged = {number for number, entry in enumerate(entries) if entry.get("outcome") in ("merged", "buffered")}
+    unsigned = merged - set(signed)
+    assert ({entries[number]["party"] for number in unsigned}, len(unsigned)) == ({"bob"}, 2)
+    # That of another base was refused, and is signed.
+    assert [entries[number]["reason"] for number in signed if number not in merged] == ["base"]
+    assert not is_signed(exported, signed[0], key_of("bob").public)
+
+
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_auditor_finds_a_fact_of_an_update_that_was_changed_though_the_chain_was_made_again(exported, data):
+    lines = exported.splitlines()
+    number = data.draw(st.sampled_from([number for number, line in enumerate(lines) if '"signature"' in line]))
+    entry = json.loads(lines[number])
+    name = data.draw(st.sampled_from([name for name in STATED if name in entry]))
+    entry[name] = f"{entry[name][:-1]}~" if isinstance(entry[name], str) else entry[name] + 1
+    lines[number] = json.dumps(entry, sort_keys=True, separators=(",", ":"))
+    assert not is_signed("\n".join(lines), number, key_of("ann").public)
+
+
+@pytest.mark.parametrize("name", ["federation", "ledger", "manifest"])
+def test_auditor_finds_an_update_that_was_signed_for_another_ledger_federation_or_layout(exported, name):
+    lines = exported.splitlines()
+    number = next(number for number, line in enumerate(lines) if '"signature"' in line)
+    lines[0] = json.dumps({**json.loads(lines[0]), name: "0" * 32})
+    assert not is_signed("\n".join(lines), number, key_of("ann").public)
 
 
 def test_export_says_what_an_update_cost_its_partys_privacy(exported):

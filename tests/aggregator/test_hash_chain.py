@@ -10,7 +10,7 @@ from aggregator.chain import canonical, genesis, header, line, link
 from aggregator.records import Entry
 from aggregator.recovery import checked_entries
 
-HEADER = '{"federation":"ward","format":"4","kind":"ledger","ledger":"0a1b","manifest":"c0ffee"}'
+HEADER = '{"federation":"ward","format":"5","kind":"ledger","ledger":"0a1b","manifest":"c0ffee"}'
 
 MERGED = Entry(
     seq=2,
@@ -21,6 +21,7 @@ MERGED = Entry(
     update_id="0123456789abcdef0123456789abcdef",
     sequence=7,
     base_version=0,
+    base_digest="cc",
     num_samples=10,
     num_steps=4,
     noise_multiplier=1.5,
@@ -31,15 +32,19 @@ MERGED = Entry(
     outcome="merged",
     staleness=0,
     weight=0.3,
+    factor=0.5,
+    norm=2.5,
+    cosine=-0.25,
+    signature="ee",
     payload_digest="aa",
     model_digest="bb",
     chain="not bound",
     payload=b"not bound either",
 )
 MERGED_LINE = (
-    '{"at":1000000.5,"base_version":0,"codec":"float32","kind":"update","model_digest":"bb","noise_multiplier":1.5,'
-    '"num_samples":10,"num_steps":4,"outcome":"merged","party":"ann","payload_digest":"aa","sample_rate":0.125,"seq":2,'
-    '"sequence":7,"size":8200,"staleness":0,"train_loss":0.25,'
+    '{"at":1000000.5,"base_digest":"cc","base_version":0,"codec":"float32","cosine":-0.25,"factor":0.5,"kind":"update",'
+    '"model_digest":"bb","noise_multiplier":1.5,"norm":2.5,"num_samples":10,"num_steps":4,"outcome":"merged","party":"ann",'
+    '"payload_digest":"aa","sample_rate":0.125,"seq":2,"sequence":7,"signature":"ee","size":8200,"staleness":0,"train_loss":0.25,'
     '"update_id":"0123456789abcdef0123456789abcdef","version":1,"weight":0.3}'
 )
 REFUSED = replace(MERGED, outcome="refused", reason="bounds", detail="too large")
@@ -102,7 +107,7 @@ _TEXTS = st.text(max_size=20)
 _ENTRIES = st.builds(
     Entry,
     seq=_COUNTS,
-    kind=st.sampled_from(["update", "flush", "merging", "rollback"]),
+    kind=st.sampled_from(["update", "flush", "merging", "rollback", "party", "suspension"]),
     at=_NUMBERS,
     version=_COUNTS,
     party=st.none() | _TEXTS,
@@ -116,6 +121,10 @@ _ENTRIES = st.builds(
     detail=st.none() | _TEXTS,
     staleness=st.none() | _COUNTS,
     weight=st.none() | _NUMBERS,
+    factor=st.none() | _NUMBERS,
+    norm=st.none() | _NUMBERS,
+    cosine=st.none() | _NUMBERS,
+    signature=st.none() | _TEXTS,
     model_digest=_TEXTS,
 )
 
@@ -136,6 +145,7 @@ def test_different_entries_are_written_differently(one, other):
 @given(st.lists(_ENTRIES, min_size=1, max_size=6))
 @example([Entry(seq=1, kind="update", at=0.0, version=0, train_loss=-0.0)])
 @example([Entry(seq=1, kind="update", at=0.0, version=0, train_loss=5e-324, weight=1.7976931348623157e308)])
+@example([Entry(seq=1, kind="update", at=0.0, version=0, factor=-0.0, norm=-0.0, cosine=-0.0)])
 def test_whatever_an_entry_says_the_ledger_gives_it_back_in_its_place(new_bench, entries):
     entries = [replace(entry, seq=seq) for seq, entry in enumerate(entries, start=1)]
     with new_bench().ledger() as ledger:

@@ -4,6 +4,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 
 import pytest
+from enrolled_parties import RegisterInMemory
 
 import aggregator.coordinator
 import aggregator.leadership
@@ -18,7 +19,7 @@ from aggregator.snapshots import Snapshots
 from aggregator.verification import verify
 from broker_fl.config import MergingSettings
 from broker_fl.database import sqlite_url
-from broker_fl.errors import FencedError, ManagementError, QueueInUseError
+from broker_fl.errors import FencedError, QueueInUseError
 from broker_fl.topology import Exchange, Topology, party, shared
 from broker_fl.transports.memory import MemoryBroker
 
@@ -321,8 +322,8 @@ async def test_compaction_beside_an_aggregator_at_work_loses_nothing(ward):
 
 
 @asynccontextmanager
-async def _at_work(bench, broker, *, enrolled=None):
-    """As `Ward.running`, with a broker and enrolled parties of its own."""
+async def _at_work(bench, broker, *, register=None):
+    """As `Ward.running`, with a broker of its own."""
     with bench.coordinator(clock=time.time, **RULES) as coordinator:
         service = Aggregator(
             broker.connect,
@@ -331,7 +332,7 @@ async def _at_work(bench, broker, *, enrolled=None):
             limits=bench.limits(),
             pace=Pace(prefetch=64, group_updates=64, group_s=0.001, part_bytes=1024, max_message_bytes=1 << 20, tick_s=0.01),
             clock=time.time,
-            enrolled=enrolled,
+            register=register,
         )
         async with asyncio.timeout(20), asyncio.TaskGroup() as group:
             group.create_task(service.run(lambda: coordinator.open(bench.initial)))
@@ -359,21 +360,18 @@ async def test_updates_queue_that_was_deleted_is_declared_and_the_known_parties_
         assert not _is_bound(ward.broker, ward.names, "bob")
 
 
-async def test_parties_that_the_broker_knows_are_bound_too(ward):
-    async def enrolled():
-        return ["bob", "cem"]
-
+async def test_parties_that_are_in_the_register_are_bound_too(ward):
     ward.broker.delete_queue(ward.names.updates)
-    async with _at_work(ward.bench, ward.broker, enrolled=enrolled), ward.party("bob") as bob:
+    register = RegisterInMemory("bob", "cem")
+    async with _at_work(ward.bench, ward.broker, register=register), ward.party("bob") as bob:
         await ward.until(lambda: _is_bound(ward.broker, ward.names, "cem"))
         await bob.send((await bob.frame()).frame)
         assert (await bob.receipt()).outcome == "merged"
 
 
-async def test_party_whose_exchange_is_gone_is_left_out_and_a_broker_that_does_not_say_who_is_enrolled_stops_nothing(ward):
-    async def enrolled():
-        raise ManagementError("the management API does not answer")
-
+async def test_party_whose_exchange_is_gone_is_left_out_and_a_register_that_is_away_stops_nothing(ward):
+    register = RegisterInMemory("ann")
+    register.is_away = True
     async with ward.party() as ann, ward.party("cem") as cem, ward.running(**RULES):
         frame = (await ann.frame()).frame
         for sender in (ann, cem):
@@ -387,7 +385,7 @@ async def test_party_whose_exchange_is_gone_is_left_out_and_a_broker_that_does_n
     other.users["ann"] = ward.broker.users["ann"]
     other.delete_queue(names.updates)
     again = type(ward)(ward.bench, other)
-    async with _at_work(ward.bench, other, enrolled=enrolled):
+    async with _at_work(ward.bench, other, register=register):
         await ward.until(lambda: other.has_queue(names.model_log) and _is_bound(other, names, "ann"))
         async with again.party() as ann:
             await ann.send(frame, seed=1)

@@ -2,12 +2,12 @@ import sqlite3
 
 import pytest
 
-from aggregator.admission import payload_digest
 from aggregator.opening import open_ledger_for_reading
 from aggregator.recovery import manifest_of_ledger
 from aggregator.verification import verify
 from broker_fl.config import MergingSettings
 from broker_fl.errors import ConfigurationError, DamagedError
+from broker_fl.signing import payload_digest
 from schemas import wire
 from schemas.frame import ModelFrame
 

@@ -1,3 +1,4 @@
+import json
 import re
 import tomllib
 from pathlib import Path
@@ -7,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from broker_fl.certificates import Certificates
 from broker_fl.cli.init import TEMPLATE
 from broker_fl.config import SECTIONS, BrokerSettings, MergingSettings, Settings, TrainingSettings, load_settings
 from broker_fl.errors import ConfigurationError
@@ -222,7 +224,7 @@ def test_any_flags_give_settings_or_a_configuration_error(flags):
     [
         ("amqp://guest:guest@127.0.0.1:5672/", "http://guest:guest@127.0.0.1:15672", "guest", "127.0.0.1:5672"),
         ("amqp://a:b@broker.example.org:5699/vhost", "http://a:b@broker.example.org:15672", "a", "broker.example.org:5699"),
-        ("amqps://a:b@broker.example.org", "http://a:b@broker.example.org:15672", "a", "broker.example.org:5671"),
+        ("amqps://a:b@broker.example.org", "https://a:b@broker.example.org:15671", "a", "broker.example.org:5671"),
         ("amqp://broker", "http://guest:guest@broker:15672", "guest", "broker:5672"),
         ("amqp://a:b@[::1]:5672/", "http://a:b@[::1]:15672", "a", "::1:5672"),
         ("amqp://a%40b:p%2Fw%40x@broker/%2F", "http://a%40b:p%2Fw%40x@broker:15672", "a@b", "broker:5672"),
@@ -348,3 +350,89 @@ def test_a_budget_does_not_go_with_a_warm_up():
 def test_a_keyframe_in_a_codec_that_nobody_can_round_by_is_named():
     with pytest.raises(ConfigurationError, match=r"codec\.keyframe: .*int8"):
         load_settings(flags={"codec": {"keyframe": "int4"}}, environment={})
+
+
+# The broker over TLS
+
+
+@pytest.fixture(scope="module")
+def alice(tmp_path_factory) -> dict[str, str]:
+    """`[broker]` of a party that logs in by certificate."""
+    issued = Certificates.make(tmp_path_factory.mktemp("certs")).issue("alice")
+    return {
+        "url": "amqps://rabbit.example.org/hospitals",
+        "certificate": issued.certificate_pem,
+        "certificate_key": issued.key_pem.get_secret_value(),
+    }
+
+
+def test_a_certificate_without_a_password_is_the_login(alice):
+    broker = _loaded(flags={"broker": alice}).broker
+    assert broker.logs_in_by_certificate
+    assert (broker.user(), broker.address()) == ("alice", "rabbit.example.org:5671")
+    with_password = {**alice, "url": "amqps://bob:hidden@rabbit.example.org/hospitals"}
+    broker = _loaded(flags={"broker": with_password}).broker
+    assert not broker.logs_in_by_certificate
+    assert broker.user() == "bob"
+
+
+def test_a_certificate_may_be_a_path_or_a_text(alice, tmp_path):
+    for key in ("certificate", "certificate_key"):
+        _file(tmp_path, alice[key], key)
+    named = {**alice, **{key: str(tmp_path / key) for key in ("certificate", "certificate_key")}}
+    broker = _loaded(flags={"broker": named}).broker
+    assert broker.user() == "alice"
+    assert broker.pem("certificate_key") == alice["certificate_key"]
+    assert broker.pem("ca") == ""
+
+
+def test_a_text_in_pem_passes_through_toml_and_the_environment(alice, tmp_path):
+    text = "[broker]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in alice.items())
+    variables = {f"BROKER_FL_BROKER__{key.upper()}": value for key, value in alice.items()}
+    assert _loaded(_file(tmp_path, text)).broker == _loaded(**variables).broker
+    assert _loaded(**variables).broker.user() == "alice"
+
+
+def test_the_key_of_a_certificate_is_a_secret(alice):
+    loaded = _loaded(flags={"broker": alice})
+    assert alice["certificate_key"].splitlines()[1] not in f"{loaded!r} {loaded} {loaded.model_dump_json()}"
+
+
+def test_a_user_that_is_not_the_certificate_s_is_a_mistake(alice):
+    broker = _loaded(flags={"broker": {**alice, "url": "amqps://bob@rabbit.example.org/"}}).broker
+    with pytest.raises(ConfigurationError, match=r"url says user 'bob', and .* certificate is for 'alice'"):
+        broker.user()
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"certificate_key": None}, "certificate and certificate_key go together"),
+        ({"certificate": None}, "certificate and certificate_key go together"),
+        ({"url": "amqp://rabbit.example.org/"}, "a certificate goes with amqps://"),
+    ],
+)
+def test_what_a_login_by_certificate_lacks_is_named(alice, given, expected):
+    with pytest.raises(ConfigurationError, match=expected):
+        _loaded(flags={"broker": {**alice, **given}})
+
+
+def test_a_file_that_is_not_there_is_named_but_for_a_key(alice):
+    broker = _loaded(flags={"broker": {**alice, "certificate": "nowhere.pem", "certificate_key": "c2VjcmV0"}}).broker
+    with pytest.raises(ConfigurationError, match=r"\[broker\] certificate: 'nowhere.pem' cannot be read \(No such file"):
+        broker.user()
+    with pytest.raises(ConfigurationError, match=r"\[broker\] certificate_key: the file cannot be read") as caught:
+        broker.pem("certificate_key")
+    assert "c2VjcmV0" not in str(caught.value)
+
+
+def test_management_is_https_where_the_broker_is_amqps():
+    broker = _loaded(flags={"broker": {"url": "amqps://alice:a@rabbit.example.org:5999/x"}}).broker
+    assert broker.management().get_secret_value() == "https://alice:a@rabbit.example.org:15671"
+
+
+def test_management_asks_for_a_password_where_the_login_is_a_certificate(alice):
+    with pytest.raises(ConfigurationError, match=r"management_url = https://USER:PASSWORD@rabbit\.example\.org:15671"):
+        _loaded(flags={"broker": alice}).broker.management()
+    given = {**alice, "management_url": "https://admin:a@console.example.org"}
+    assert _loaded(flags={"broker": given}).broker.management().get_secret_value() == given["management_url"]

@@ -9,11 +9,12 @@ from contextlib import asynccontextmanager, suppress
 
 import aio_pika
 import pytest
-from aio_pika.exceptions import AMQPError
+from aio_pika.exceptions import AMQPError, DeliveryError
 from aiormq.exceptions import ChannelAccessRefused
 from pydantic import SecretStr
 
 from broker_fl import topology
+from broker_fl.definitions import User, password_hash, render
 from broker_fl.errors import (
     AccessRefusedError,
     AuthenticationError,
@@ -24,7 +25,7 @@ from broker_fl.errors import (
     NotFoundError,
     TopologyConflictError,
 )
-from broker_fl.management import Management
+from broker_fl.management import Found, Management
 from broker_fl.topology import Binding, Exchange, Names, Permissions, Policy, Queue, Topology
 
 SECRET = "correct-horse"
@@ -149,11 +150,11 @@ async def test_message_published_to_a_party_exchange_is_counted_in_the_updates_q
 
 @pytest.mark.rabbitmq
 async def test_queues_are_read_over_all_pages_and_by_their_literal_prefix(vhost):
-    wanted = [Queue(f"fl.a.inbox.{number:03}", "classic") for number in range(101)]
-    await vhost.management.apply(Topology(queues=(*wanted, Queue("flxa.inbox.000", "classic"))))
+    wanted = [Queue(f"fl.a.inbox.{number:03}", "classic") for number in range(501)]
+    await vhost.management.import_definitions(render(vhost.name, Topology(queues=(*wanted, Queue("flxa.inbox.000", "classic")))))
     names = [queue.name for queue in await vhost.management.queues("fl.a.", only_totals=True)]
     assert sorted(names) == [queue.name for queue in wanted]
-    assert len(await vhost.management.queues()) == 102
+    assert len(await vhost.management.queues()) == 502
     assert await vhost.management.queues("fl.b.") == ()
 
 
@@ -194,6 +195,152 @@ async def test_users_are_listed_with_their_tags(vhost, add_user):
     watcher, party = await add_user(tags=("monitoring", "policymaker")), await add_user()
     tags = {user.name: set(user.tags) for user in await vhost.management.list_users()}
     assert (tags[watcher], tags[party]) == ({"monitoring", "policymaker"}, set())
+
+
+@pytest.mark.rabbitmq
+async def test_user_by_its_password_hash_has_tags_and_limits(vhost, add_user):
+    name = await add_user()
+    limits = {"max-connections": 3, "max-channels": 7}
+    hashed = password_hash(SECRET, salt=b"salt")
+    await vhost.management.import_definitions(render(vhost.name, users=[User(name, hashed, ("management",), limits)]))
+    user = await vhost.management.user(name)
+    assert (user.tags, user.password_hash, user.limits) == (("management",), hashed, limits)
+    assert user.hashing == "rabbit_password_hashing_sha256"
+    assert hashed not in repr(user)
+    assert user in await vhost.management.list_users()
+    async with Management(as_user(vhost.management_url, name), vhost=vhost.name) as management:
+        assert await management.overview()
+
+
+@pytest.mark.rabbitmq
+async def test_user_without_a_password_hash_is_let_in_by_no_password(vhost, add_user):
+    name = await add_user()
+    await vhost.management.import_definitions(render(vhost.name, users=[User(name, tags=("administrator",))]))
+    assert (await vhost.management.user(name)).password_hash == ""
+    async with Management(as_user(vhost.management_url, name), vhost=vhost.name) as management:
+        with pytest.raises(AuthenticationError):
+            await management.overview()
+
+
+@pytest.mark.rabbitmq
+async def test_user_limits_take_hold_and_end(vhost, add_user):
+    name = await add_user(permissions=Permissions("", "", ""))
+    url = as_user(vhost.url, name)
+    await vhost.management.put_user_limits(name, {"max-connections": 0, "max-channels": 5})
+    assert (await vhost.management.user(name)).limits == {"max-connections": 0, "max-channels": 5}
+    with pytest.raises(AMQPError):
+        await aio_pika.connect(url)
+    await vhost.management.put_user_limits(name, {"max-connections": 1})
+    async with await aio_pika.connect(url):
+        with pytest.raises(AMQPError):
+            await aio_pika.connect(url)
+    with pytest.raises(NotFoundError):
+        await vhost.management.put_user_limits("nobody-at-all", {"max-connections": 1})
+
+
+@pytest.mark.rabbitmq
+async def test_vhost_limits_take_hold(vhost):
+    await vhost.management.put_vhost_limits({"max-queues": 1, "max-connections": 1})
+    await vhost.management.apply(Topology(queues=(Queue("a", "classic"),)))
+    with pytest.raises(ManagementError, match="queue limit"):
+        await vhost.management.apply(Topology(queues=(Queue("b", "classic"),)))
+    async with await aio_pika.connect(vhost.url):
+        with pytest.raises(AMQPError):
+            await aio_pika.connect(vhost.url)
+
+
+@pytest.mark.rabbitmq
+async def test_permissions_are_read_by_user_and_by_vhost(vhost, add_user):
+    granted = Permissions("^$", "^a$", "^(b|c)$")
+    alice, bob = await add_user(permissions=granted), await add_user()
+    assert await vhost.management.permissions_of(alice) == {vhost.name: granted}
+    assert await vhost.management.permissions_of(bob) == {}
+    assert await vhost.management.permissions_of("nobody-at-all") == {}
+    everybody = await vhost.management.permissions()
+    assert everybody[alice] == {vhost.name: granted}
+    assert bob not in everybody
+    await vhost.management.delete_permissions(alice)
+    assert await vhost.management.permissions_of(alice) == {}
+    with pytest.raises(NotFoundError):
+        await vhost.management.delete_permissions(alice)
+
+
+@pytest.mark.rabbitmq
+@pytest.mark.parametrize("value", [{"a": {"b": [1, 2.5, None, "é😀"]}}, "text", 7, []])
+async def test_global_parameters_are_kept_as_they_are(vhost, value):
+    management, name = vhost.management, f"/ {vhost.name}:é.x"
+    assert await management.global_parameter(name) is None
+    await management.put_global_parameter(name, value)
+    assert await management.global_parameter(name) == value
+    assert await management.global_parameters(f"/ {vhost.name}:") == {"é.x": value}
+    assert await management.global_parameters("/ no such") == {}
+    await management.put_global_parameter(name, "another")
+    assert await management.global_parameter(name) == "another"
+    await management.delete_global_parameter(name)
+    with pytest.raises(NotFoundError):
+        await management.delete_global_parameter(name)
+
+
+@pytest.mark.rabbitmq
+async def test_what_is_there_by_declaration_is_found(vhost):
+    wanted = topology.shared("digits")
+    await vhost.management.apply(wanted)
+    await vhost.management.apply(topology.party("digits", "alice"))
+    found = await vhost.management.found()
+    made = (wanted, topology.party("digits", "alice"))
+    assert found == Found(
+        exchanges={exchange.name: exchange.kind for one in made for exchange in one.exchanges},
+        queues={queue.name: queue.kind for one in made for queue in one.queues},
+        bindings=frozenset(binding for one in made for binding in one.bindings),
+    )
+    assert await vhost.management.exchanges("fl.digits.up.") == {NAMES.up("alice"): "fanout"}
+    assert (await vhost.management.queue(NAMES.inbox("alice"))).name == NAMES.inbox("alice")
+    assert await vhost.management.queue("nothing") is None
+
+
+@pytest.mark.rabbitmq
+async def test_operator_policies_bound_what_the_queue_and_its_policy_say(vhost):
+    management = vhost.management
+    await management.apply(Topology(queues=(Queue("q", "quorum", {"x-max-length": 5}),)))
+    await management.apply_policies([Policy("p", "^q$", "queues", {"max-length": 4, "overflow": "reject-publish"})])
+    for most in (2, 100):  # The second is too late: the policy is there.
+        await management.apply_operator_policies([Policy("o", "^q$", "queues", {"max-length": most})])
+    async with await aio_pika.connect(vhost.url) as connection, connection.channel() as channel:
+        publish = channel.default_exchange.publish
+        answers = [await asyncio.gather(publish(aio_pika.Message(b"x"), "q"), return_exceptions=True) for _ in range(20)]
+    taken = [answer for (answer,) in answers if not isinstance(answer, DeliveryError)]
+    # A quorum queue takes one or two more before it says no.
+    assert 2 <= len(taken) <= 4
+    await management.delete_operator_policy("o")
+    with pytest.raises(NotFoundError):
+        await management.delete_operator_policy("o")
+
+
+@pytest.mark.rabbitmq
+async def test_every_operator_policy_of_a_federation_is_one_that_rabbitmq_knows(vhost):
+    for _ in range(2):
+        await vhost.management.apply_operator_policies(topology.operator_policies("digits"))
+
+
+@pytest.mark.rabbitmq
+async def test_connections_of_one_user_are_closed_also_those_that_were_just_opened(vhost, add_user):
+    alice, bob = [await add_user(permissions=Permissions("", "", "")) for _ in range(2)]
+    async with await aio_pika.connect(as_user(vhost.url, bob)) as other:
+        await vhost.management.put_user_limits(alice, {"max-connections": 3})
+        closed = asyncio.Event()
+        opened = [await aio_pika.connect(as_user(vhost.url, alice)) for _ in range(3)]
+        opened[-1].close_callbacks.add(lambda *_: closed.set())
+        async with asyncio.timeout(5):
+            assert await vhost.management.close_connections(alice, "a test") <= 3
+            await closed.wait()
+        assert await vhost.management.connections_of(alice) == {}
+        assert list((await vhost.management.connections_of(bob)).values()) == [vhost.name]
+        await other.channel()
+    for connection in opened:
+        with suppress(AMQPError):
+            await connection.close()
+    assert await vhost.management.close_connections("nobody-at-all", "a test") == 0
+    assert await vhost.management.connection("nothing") is None
 
 
 @pytest.mark.rabbitmq
@@ -294,6 +441,37 @@ async def test_broker_that_never_answers_is_unavailable():
         async with Management(url, timeout_s=0.2) as management:
             with pytest.raises(BrokerUnavailableError, match="ReadTimeout"):
                 await management.overview()
+
+
+@asynccontextmanager
+async def hanging_up(times: int) -> AsyncIterator[tuple[str, list[str]]]:
+    """A server that closes its first connections without an answer; and the methods that it was asked for."""
+    asked: list[str] = []
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        asked.append(head.split()[0].decode())
+        if len(asked) > times:
+            writer.write(b"HTTP/1.1 204 No Content\r\nConnection: close\r\n\r\n")
+        writer.close()
+        await writer.wait_closed()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        yield f"http://somebody:{SECRET}@127.0.0.1:{server.sockets[0].getsockname()[1]}", asked
+
+
+async def test_what_was_not_answered_is_asked_once_more_but_for_what_is_posted():
+    async with hanging_up(1) as (url, asked), Management(url) as management:
+        await management.delete_user("a")
+        assert asked == ["DELETE"] * 2
+    async with hanging_up(2) as (url, asked), Management(url) as management:
+        with pytest.raises(BrokerUnavailableError):
+            await management.put_vhost()
+        assert asked == ["PUT"] * 2
+    async with hanging_up(1) as (url, asked), Management(url) as management:
+        with pytest.raises(BrokerUnavailableError):
+            await management.import_definitions({})
+        assert asked == ["POST"]
 
 
 @pytest.mark.parametrize(

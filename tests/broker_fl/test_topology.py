@@ -2,7 +2,18 @@ import re
 
 import pytest
 
-from broker_fl.topology import Names, leadership, party, party_permissions, policies, shared
+from broker_fl.topology import (
+    InboxLimits,
+    Names,
+    leadership,
+    operator_policies,
+    party,
+    party_limits,
+    party_permissions,
+    policies,
+    policies_without_logs,
+    shared,
+)
 
 NAMES = Names("hospitals")
 
@@ -146,3 +157,57 @@ def test_the_logs_keep_as_many_bytes_as_several_models(model_bytes, log, models)
     (policy,) = (policy for policy in policies("hospitals", model_bytes=model_bytes) if policy.name.endswith(log))
     assert policy.definition["max-length-bytes"] >= models * model_bytes
     assert policy.definition["stream-max-segment-size-bytes"] >= model_bytes
+
+
+def test_enrolment_makes_the_policies_that_need_to_know_no_model():
+    made = {policy.name: policy for policy in policies_without_logs("hospitals")}
+    assert set(made) == {"fl.hospitals.updates", "fl.hospitals.quarantine", "fl.hospitals.inbox"}
+    assert all(made[policy.name] == policy for policy in policies("hospitals", model_bytes=1 << 30) if policy.name in made)
+
+
+def test_operator_policies_bound_updates_inboxes_and_the_queues_of_others():
+    held = {
+        policy.name: {
+            name
+            for name in (
+                NAMES.updates,
+                NAMES.inbox("a"),
+                f"{NAMES.own}dashboard",
+                NAMES.model_log,
+                NAMES.keyframe_log,
+                NAMES.quarantine,
+                NAMES.leader,
+                f"x{NAMES.updates}",
+                f"{NAMES.updates}.x",
+                Names("other").inbox("a"),
+            )
+            if _allowed(policy.pattern, name)
+        }
+        for policy in operator_policies("hospitals")
+    }
+    assert held == {
+        "fl.hospitals.updates": {NAMES.updates},
+        "fl.hospitals.inbox": {NAMES.inbox("a")},
+        "fl.hospitals.own": {f"{NAMES.own}dashboard"},
+    }
+
+
+def test_what_bounds_the_updates_has_them_refused_and_not_dropped():
+    """An operator policy knows no overflow, and what it bounds would else lose its oldest."""
+    (operator,) = (policy for policy in operator_policies("hospitals") if policy.name.endswith("updates"))
+    for policy in (*policies("hospitals", model_bytes=1), *policies_without_logs("hospitals")):
+        if policy.name == operator.name:
+            assert policy.definition["overflow"] == "reject-publish"
+
+
+def test_inboxes_are_bounded_as_the_settings_say():
+    (inbox,) = (
+        policy
+        for policy in operator_policies("hospitals", InboxLimits(messages=5, bytes=6, ttl_s=7))
+        if policy.name == "fl.hospitals.inbox"
+    )
+    assert inbox.definition == {"max-length": 5, "max-length-bytes": 6, "message-ttl": 7000}
+
+
+def test_limits_of_a_party_are_those_of_a_user():
+    assert party_limits(connections=4, channels=16) == {"max-connections": 4, "max-channels": 16}

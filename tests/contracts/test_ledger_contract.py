@@ -15,7 +15,6 @@ from ledger_rows import READS, add_frames, append, begun_ledger, entry, frame, p
 from sqlalchemy import event, make_url
 
 from aggregator import ledger as ledger_module
-from aggregator.admission import payload_digest
 from aggregator.chain import genesis, link
 from aggregator.ledger import NOISE_KEY
 from aggregator.merging.noise import KEY_BYTES
@@ -24,6 +23,7 @@ from aggregator.records import BODIES, ENTRIES, FRAMES, META, PARTS, SNAPSHOTS, 
 from aggregator.recovery import checked_entries
 from broker_fl.database import sqlite_url
 from broker_fl.errors import ConfigurationError, DamagedError, FencedError, StorageError, StorageUnavailableError
+from broker_fl.signing import payload_digest
 
 ALL_READS = READS | {
     "noise_key": lambda ledger: ledger.noise_key(),
@@ -166,7 +166,7 @@ def test_ledger_of_an_earlier_format_is_named_and_left_as_it_is(url):
     with open_ledger(url) as ledger, ledger.transaction():
         ledger._connection.exec_driver_sql("DELETE FROM meta WHERE key = 'format'")
     for opening in (lambda: open_ledger(url), lambda: open_ledger_for_reading(url)):
-        with pytest.raises(ConfigurationError, match=r"is in format 1, this broker-fl writes format 4"), opening():
+        with pytest.raises(ConfigurationError, match=r"is in format 1, this broker-fl writes format 5"), opening():
             pass
     # Nor was its format added.
     with pytest.raises(ConfigurationError, match="format 1"), open_ledger(url):

@@ -1,10 +1,12 @@
-"""Payloads by the section "Codecs" of docs/protocol.md alone: plain Python, slow, and none of our code."""
+"""By the sections "Codecs" and "Signatures" of docs/protocol.md alone: plain Python, slow, and none of our code."""
 
 import re
 import struct
 from ctypes import c_float
 from math import ceil, isnan
 from pathlib import Path
+
+import blake3
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text(encoding="utf-8")
 CENTROIDS = {
@@ -303,3 +305,16 @@ def float32(value):
 def as_bits(values):
     """To compare by: -0 is not 0, and all NaN are one."""
     return [struct.pack("<f", float("nan") if isnan(value) else value) for value in values]
+
+
+def signed(kind, statement):
+    """The bytes that Ed25519 is computed over."""
+    return f"broker-fl/{kind}/1".encode("ascii") + b"\x00" + statement.encode("ascii")
+
+
+def update_statement(fields, *, manifest_digest, payload):
+    """Of an update that was not noised."""
+    facts = {name: fact for name, fact in fields.items() if name != "privacy"}
+    facts |= {"manifest": manifest_digest, "payload_digest": blake3.blake3(payload).hexdigest()}
+    written = (f'"{name}":' + (f'"{fact}"' if isinstance(fact, str) else repr(fact)) for name, fact in sorted(facts.items()))
+    return "{" + ",".join(written) + "}"

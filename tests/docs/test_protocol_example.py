@@ -5,7 +5,9 @@ import re
 import struct
 import tomllib
 
+import blake3
 import by_the_document
+import ed25519_by_the_rfc as rfc8032
 import numpy as np
 import pytest
 from by_the_document import DOCUMENT, as_bits
@@ -20,6 +22,7 @@ from broker_fl.codecs.sparsify import stratified
 from broker_fl.codecs.splitmix import splitmix64
 from broker_fl.parameters import digest
 from broker_fl.privacy.accounting import Steps, composed, epsilon_of
+from broker_fl.signing import SigningKey, is_signed, update_statement
 from schemas import wire
 from schemas.manifest import Manifest, TensorSpec
 from schemas.update import ModelUpdate
@@ -93,6 +96,23 @@ def test_the_message_is_the_bytes():
     assert len(body) == EXAMPLE["message"]["length"]
     assert hashlib.sha256(body).hexdigest() == EXAMPLE["message"]["sha256"]
     assert wire.decode(ModelUpdate, body) == _update()
+
+
+def test_the_update_is_signed_by_the_key():
+    example = {name: text.replace("\n", "") for name, text in EXAMPLE["signature"].items()}
+    assert blake3.blake3(PAYLOAD).hexdigest() == example["payload_digest"]
+    assert update_statement(_update(), payload_digest=example["payload_digest"]).decode("ascii") == example["statement"]
+    key = SigningKey.from_text(example["private_key"])
+    assert key.public == example["public_key"]
+    assert is_signed("update", example["statement"].encode("ascii"), example["signature"], by=key.public)
+    by_hand = rfc8032.sign(bytes.fromhex(example["private_key"]), by_the_document.signed("update", example["statement"]))
+    assert key.sign("update", example["statement"].encode("ascii")) == by_hand.hex() == example["signature"]
+
+
+def test_the_document_alone_is_enough_to_state_the_update():
+    fields = {**EXAMPLE["update"], "federation": EXAMPLE["federation"], "codec": EXAMPLE["codec"]}
+    stated = by_the_document.update_statement(fields, manifest_digest=EXAMPLE["manifest"]["digest"], payload=PAYLOAD)
+    assert stated == EXAMPLE["signature"]["statement"].replace("\n", "")
 
 
 def test_the_participant_is_drawn_by_the_hash():

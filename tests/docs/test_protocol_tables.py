@@ -1,5 +1,6 @@
 """The tables of docs/protocol.md against the code."""
 
+import inspect
 import re
 from types import SimpleNamespace
 from typing import get_args
@@ -7,10 +8,12 @@ from typing import get_args
 import numpy as np
 import pytest
 from by_the_document import CENTROIDS, DOCUMENT
+from enrolled_parties import FEDERATION_KEY, key_of
 
 from aggregator.admission import MAX_MAGNITUDE, Limits, Refused
 from aggregator.broadcast import BroadcastPlan, make_frame
 from aggregator.decisions import Verdict
+from aggregator.gate import QUARANTINED_PER_MINUTE
 from aggregator.service import Aggregator, Pace
 from broker_fl.codecs import rotation
 from broker_fl.codecs.codec import MAX_NAME, SMALL_TENSOR, parse_codec
@@ -18,9 +21,21 @@ from broker_fl.codecs.entropy import ANS, FIXED, PRECISION
 from broker_fl.codecs.indices import GAPS, MAX_RICE_BITS
 from broker_fl.codecs.quantize import BLOCK
 from broker_fl.codecs.registry import QUANTIZERS, SPARSIFIERS
-from broker_fl.config import KEYFRAME_CODECS, Settings
+from broker_fl.config import KEYFRAME_CODECS, Settings, TrustSettings
+from broker_fl.enrolment import Shelf
 from broker_fl.parameters import manifest_of
-from broker_fl.topology import MIB, Names, leadership, party, party_permissions, policies, shared
+from broker_fl.signing import SIGNATURE, Kind, canonical, statement_facts
+from broker_fl.topology import (
+    MIB,
+    InboxLimits,
+    Names,
+    leadership,
+    operator_policies,
+    party,
+    party_permissions,
+    policies,
+    shared,
+)
 from broker_fl.transports import model_log
 from broker_fl.transports.parts import PART, PARTS, SHA256, SIZE
 from broker_fl.transports.transport import Delivery
@@ -29,6 +44,7 @@ from schemas.event import Event, EventKind, UpdateFacts
 from schemas.frame import KeyframePlace, ModelFrame, Plan, TrainingPlan
 from schemas.ids import NAME_PATTERN
 from schemas.manifest import Manifest, TensorSpec
+from schemas.membership import Membership
 from schemas.privacy import PrivacyFacts, PrivacyPlan
 from schemas.receipt import Reason, Receipt
 from schemas.update import ModelUpdate
@@ -199,6 +215,49 @@ def test_every_policy_is_documented(model_bytes):
     assert {name: {key: str(value) for key, value in given.items()} for name, given in documented.items()} == as_text
 
 
+def test_every_operator_policy_is_documented():
+    documented = {
+        f"fl.F.{name}": dict(pair.split(": ") for pair in re.findall(r"`(.*?)`", definition))
+        for name, (definition,) in TABLES["On the broker", "operator policy for"].items()
+    }
+    assert documented == {
+        policy.name: {key: str(value) for key, value in policy.definition.items()} for policy in operator_policies("F")
+    }
+    enrolment = Settings().enrolment
+    assert operator_policies("F") == operator_policies(
+        "F", InboxLimits(messages=enrolment.inbox_messages, bytes=enrolment.inbox_bytes, ttl_s=enrolment.inbox_ttl_s)
+    )
+
+
+def test_the_register_is_documented():
+    said = [name for cell in TABLES["The register of parties", "membership"] for name in re.findall(r"[a-z_]+", cell)]
+    assert said == list(Membership.model_fields)
+    shelf = Shelf(SimpleNamespace(vhost="V"), "F", None)
+    assert list(TABLES["The register of parties", "global parameter"]) == [shelf.name_of("P"), shelf.key_name]
+
+
+def test_what_is_signed_is_documented():
+    assert tuple(TABLES["Signatures", "signed kind"]) == get_args(Kind)
+    stated = {name for cell in TABLES["Signatures", "fact of an update"] for name in re.findall(r"[a-z_]+", cell)}
+    assert stated == set(inspect.signature(statement_facts).parameters)
+    text = " ".join(DOCUMENT.split())
+    assert "broker-fl/KIND/1, a zero byte, the statement" in text
+    assert f"in its header `{SIGNATURE}`" in text
+    for number, written in ((1e16, "1e+16"), (1.5e-5, "1.5e-05"), (0.1, "0.1"), (1.0, "1.0"), (-2.5, "-2.5")):
+        assert f"`{written}`" in text
+        assert canonical({"a": number}) == f'{{"a":{written}}}'.encode()
+
+
+def test_the_figures_of_trust_and_of_the_gate_are_documented():
+    rows, trust = TABLES["The life of an update", "reason"], TrustSettings()
+    assert f"over {trust.outlier_factor:g} times" in rows["outlier"][0]
+    assert f"over {trust.norm_factor:g} times" in rows["norm"][0]
+    assert (trust.direction_weight, "a tenth" in rows["direction"][0]) == (0.1, True)
+    assert f"at most {QUARANTINED_PER_MINUTE} messages a minute" in " ".join(DOCUMENT.split())
+    less = {reason for reason, (why,) in rows.items() if why.startswith("not refused: ")}
+    assert less == {"norm", "direction", "tier"}
+
+
 def test_the_permissions_are_documented():
     permissions = party_permissions("F", "P")
     documented = {right: cells[0].strip("`").replace("\\|", "|") for right, cells in TABLES["On the broker", "right"].items()}
@@ -227,7 +286,7 @@ def _aggregator():
     limits = Limits(names=Names("f"), manifest=MANIFEST, max_update_bytes=1 << 20, max_update_norm=None)
     pace = Pace(prefetch=1, group_updates=1, group_s=0.0, part_bytes=1 << 20, max_message_bytes=1 << 24)
     coordinator = SimpleNamespace(ledger_id="0" * 32)
-    return Aggregator(None, coordinator, topology=shared("f"), limits=limits, pace=pace, clock=lambda: 0.0)
+    return Aggregator(None, coordinator, topology=shared("f"), limits=limits, pace=pace, clock=lambda: 0.0, key=FEDERATION_KEY)
 
 
 def _frames():
@@ -320,8 +379,8 @@ async def test_the_headers_of_receipts_and_of_what_is_in_quarantine_are_document
         offset=None,
     )
     receipt = Receipt(federation="f", party="p", update_id="0" * 32, outcome="refused", version=1, staleness=0, weight=0.0)
-    recorder = Recorder()
-    await _aggregator()._answer(recorder, delivery, Verdict(receipt, Refused("base", "y" * 300)))
+    recorder, aggregator, verdict = Recorder(), _aggregator(), Verdict(receipt, Refused("base", "y" * 300))
+    await aggregator._answer(recorder, delivery, verdict, *aggregator._receipts([verdict]))
     quarantined, answered = recorder.messages
     _expect_documented(answered, "receipt")
     assert answered.routing_key == "p"
@@ -333,7 +392,23 @@ async def test_the_headers_of_receipts_and_of_what_is_in_quarantine_are_document
 
 async def test_the_headers_of_updates_are_documented(tmp_path):
     recorder = Recorder()
-    identity = worker.Identity(federation="f", party="p", manifest=MANIFEST, initial=np.zeros(MANIFEST.size, np.float32))
+    initial = np.zeros(MANIFEST.size, np.float32)
+    identity = worker.Identity(federation="f", party="p", manifest=MANIFEST, initial=initial, key=key_of("p"))
+    update = ModelUpdate(
+        federation="f",
+        ledger="0" * 32,
+        party="p",
+        update_id="0" * 32,
+        sequence=1,
+        base_version=7,
+        base_digest="0" * 64,
+        manifest_digest=MANIFEST.digest,
+        codec="float32",
+        num_samples=1,
+        num_steps=1,
+        train_loss=0.5,
+        payload=b"payload",
+    )
     link = worker.Link(part_bytes=1 << 20, max_message_bytes=1 << 24, inbox_grace_s=1.0)
     with open_outbox(tmp_path, party="p", federation="f") as outbox:
         sender = worker.Worker(
@@ -348,13 +423,14 @@ async def test_the_headers_of_updates_are_documented(tmp_path):
             resend_after_s=120.0,
             clock=lambda: 0.0,
         )
-        stored = StoredUpdate(1, "0" * 32, b"body", 7, "float32")
+        stored = StoredUpdate(1, "0" * 32, wire.encode(update), 7, "float32")
         with outbox.transaction():
             outbox.add(stored)
         await sender._send(recorder, stored)
     (message,) = recorder.messages
     _expect_documented(message, "update")
-    assert (message.exchange, message.message_id, message.headers["x-fl-bytes"]) == ("fl.f.up.p", "0" * 32, 4)
+    assert (message.exchange, message.message_id) == ("fl.f.up.p", "0" * 32)
+    assert (message.body, message.headers["x-fl-bytes"]) == (wire.encode(update), len(message.body))
 
 
 def test_the_numbers_in_the_text_are_those_of_the_code():
@@ -380,7 +456,8 @@ def test_the_numbers_in_the_text_are_those_of_the_code():
     assert "Without a receipt after two minutes" in text
     assert "and so on up to an hour" in text
     resent = (settings.worker.resend_after_s, worker._RESEND_AFTER_AT_MOST_S)
-    assert (*resent, worker._NEVER_TAKEN) == (120, 3600, ("bounds", "non_finite"))
+    assert (*resent, worker._NEVER_TAKEN) == (120, 3600, ("bounds", "non_finite", "outlier"))
+    assert "but not where the reason is `bounds`, `non_finite` or `outlier`" in text
     dense = [name for name in QUANTIZERS if QUANTIZERS[name].for_small == name]
     assert tuple(dense) == KEYFRAME_CODECS
     assert all(parse_codec(codec).sparsifier is None for codec in dense)

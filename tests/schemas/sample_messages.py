@@ -1,12 +1,15 @@
 """One message of each kind, and hypothesis strategies for all that there may be."""
 
+from typing import get_args
+
 from hypothesis import strategies as st
 
 from schemas.event import Event, UpdateFacts
 from schemas.frame import KeyframePlace, ModelFrame, Plan, TrainingPlan
 from schemas.manifest import Manifest, TensorSpec
+from schemas.membership import Membership, SignedMembership
 from schemas.privacy import PrivacyFacts, PrivacyPlan
-from schemas.receipt import Receipt
+from schemas.receipt import Reason, Receipt
 from schemas.update import ModelUpdate
 from schemas.wire import Message
 
@@ -17,6 +20,7 @@ TWO_TENSORS = Manifest(
 SAMPLES: dict[str, Message] = {
     "update": ModelUpdate(
         federation="hospitals",
+        ledger="fedcba9876543210" * 2,
         party="charite-2",
         update_id="0123456789abcdef" * 2,
         sequence=7,
@@ -108,6 +112,22 @@ SAMPLES: dict[str, Message] = {
             ),
             UpdateFacts(party=None, outcome="refused", staleness=0, weight=0.0, bytes=7, codec="", reason="identity"),
         ),
+    ),
+    "membership": SignedMembership(
+        membership=Membership(
+            federation="hospitals",
+            party="charite-2",
+            revision=1_700_000_000_500,
+            at=1_700_000_000.5,
+            public_key="ab" * 32,
+            display_name="Charit\u00e9",
+            group="berlin",
+            num_samples=4708,
+            tier="probation",
+            suspended=True,
+            reason="its score fell to 0.28",
+        ),
+        signature="cd" * 64,
     ),
     "manifest": TWO_TENSORS,
     "plan": Plan(training=TrainingPlan(), update_codec="int8", fraction=0.5, repeat=True),
@@ -201,6 +221,7 @@ FRAME_FIELDS: dict[str, st.SearchStrategy[object]] = {
 UPDATES = st.builds(
     ModelUpdate,
     federation=NAMES,
+    ledger=st.none() | HEX32,
     party=NAMES,
     update_id=HEX32,
     sequence=st.integers(1, 2**53 - 1),
@@ -240,7 +261,7 @@ MESSAGES: dict[str, st.SearchStrategy[Message]] = {
         weight=FINITE,
         codec=TEXTS,
         bytes=COUNTERS,
-        reason=st.none() | st.sampled_from(["malformed", "identity", "privacy", "parts"]),
+        reason=st.none() | st.sampled_from(get_args(Reason)),
         detail=TEXTS,
     ),
     "event": st.builds(
@@ -264,6 +285,24 @@ MESSAGES: dict[str, st.SearchStrategy[Message]] = {
             ),
             max_size=2,
         ),
+    ),
+    "membership": st.builds(
+        SignedMembership,
+        membership=st.builds(
+            Membership,
+            federation=NAMES,
+            party=NAMES,
+            revision=st.integers(1, 2**53 - 1),
+            at=FINITE,
+            public_key=st.none() | HEX64,
+            display_name=st.text(st.characters(codec="utf-8", exclude_categories=("Cc",)), max_size=64),
+            group=st.none() | NAMES,
+            num_samples=st.none() | st.integers(1, 10**12),
+            tier=NAMES,
+            suspended=st.booleans(),
+            reason=TEXTS,
+        ),
+        signature=st.from_regex(r"[0-9a-f]{128}", fullmatch=True),
     ),
     "manifest": manifests(),
     "plan": PLANS,

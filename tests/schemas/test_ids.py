@@ -3,7 +3,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
-from schemas.ids import Digest, FederationId, LedgerId, PartyId, SchemaVersion, UpdateId, Version, is_name
+from schemas.ids import (
+    Digest,
+    FederationId,
+    LedgerId,
+    PartyId,
+    PublicKey,
+    SchemaVersion,
+    Signature,
+    UpdateId,
+    Version,
+    is_name,
+    is_public_key,
+)
 
 
 @pytest.mark.parametrize("name", ["a", "0", "hospital-1", "a_b-c", "x" * 63])
@@ -32,13 +44,23 @@ def test_the_schema_and_the_function_agree_on_every_text(text):
         assert is_name(text)
 
 
-@pytest.mark.parametrize(("kind", "length"), [(UpdateId, 32), (LedgerId, 32), (Digest, 64)])
+@pytest.mark.parametrize(("kind", "length"), [(UpdateId, 32), (LedgerId, 32), (Digest, 64), (PublicKey, 64), (Signature, 128)])
 def test_ids_and_digests_are_lower_case_hexadecimal_of_one_length(kind, length):
     adapter = TypeAdapter(kind)
     assert adapter.validate_python("0123456789abcdef" * (length // 16))
     for wrong in ("a" * (length - 1), "a" * (length + 1), "A" * length, "g" * length, "a" * length + "\n", ""):
         with pytest.raises(ValidationError):
             adapter.validate_python(wrong)
+
+
+@pytest.mark.parametrize("text", ["ab" * 32, "ab" * 31, "AB" * 32, "ab" * 32 + "\n", "", "gg" * 32])
+def test_the_schema_and_the_function_agree_on_what_is_a_public_key(text):
+    try:
+        TypeAdapter(PublicKey).validate_python(text)
+    except ValidationError:
+        assert not is_public_key(text)
+    else:
+        assert is_public_key(text)
 
 
 def test_versions_are_what_every_language_counts_exactly():

@@ -26,6 +26,11 @@ def test_without_a_reason_there_is_none():
     assert _decoded(reason=None).reason is None
 
 
+@pytest.mark.parametrize("reason", ["signature", "rate", "outlier", "suspended", "norm", "direction", "tier"])
+def test_a_receipt_says_what_signatures_and_trust_made_of_an_update(reason):
+    assert _decoded(reason=reason).reason == reason
+
+
 def test_a_detail_is_short():
     assert len(_decoded(detail="x" * 1000).detail) == 1000
     with pytest.raises(DecodeError, match="detail"):

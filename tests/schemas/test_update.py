@@ -44,6 +44,14 @@ def test_an_update_of_an_older_party_says_nothing_of_noise():
     assert SAMPLES["update"].privacy is None
 
 
+def test_an_update_of_an_older_party_names_no_ledger():
+    fields = msgpack.unpackb(wire.encode(SAMPLES["update"]))
+    del fields["ledger"]
+    assert wire.decode(ModelUpdate, msgpack.packb(fields)) == SAMPLES["update"].model_copy(update={"ledger": None})
+    with pytest.raises(DecodeError, match="ledger"):
+        _decoded(ledger="")
+
+
 def test_the_name_of_a_codec_is_short():
     assert _decoded(codec="x" * 64).codec == "x" * 64
     with pytest.raises(DecodeError, match="codec"):

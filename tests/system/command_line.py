@@ -12,6 +12,8 @@ from pathlib import Path
 
 from fork_server import Forked, fork_server
 
+from broker_fl.transports.local_rabbitmq import SERVER_VARIABLE
+
 COMMAND = (sys.executable, "-P", "-m", "broker_fl")
 
 PATIENCE_S = 150.0
@@ -30,7 +32,7 @@ async def until(condition: Callable[[], object], what: str, *, within_s: float =
 
 def environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
     """Ours without settings, and one thread for each process."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("BROKER_FL_")}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("BROKER_FL_") or name == SERVER_VARIABLE}
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
     return {**kept, **threads, **(more or {})}
 

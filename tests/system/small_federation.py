@@ -3,7 +3,7 @@
 import asyncio
 import json
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -148,7 +148,7 @@ class SmallFederation:
     def outbox(self, party: str) -> "OutboxState":
         return OutboxState(self.outbox_file(party))
 
-    def expect_exactly_once(self, *parties: str) -> None:
+    def expect_exactly_once(self, *parties: str, strangers: Collection[str] = ()) -> None:
         """The ledger is true; every update that a party made is in it once, or still in the party's outbox, and both sides
         counted the same.
         """
@@ -158,7 +158,7 @@ class SmallFederation:
         assert verified.version == self.version
         ids = [(entry.party, entry.update_id) for entry in updates]
         assert len(ids) == len(set(ids)), "an update id is in the ledger twice"
-        assert {entry.party for entry in updates} <= set(parties)
+        assert {entry.party for entry in updates} <= {*parties, *strangers}
         for party in parties:
             box = self.outbox(party)
             entries = [entry for entry in updates if entry.party == party]
@@ -198,6 +198,10 @@ class SmallFederation:
         for party in self.enrolled:
             if await self.management.user_exists(party):
                 await self.management.delete_user(party)
+        # The register is the whole broker's, and outlives the vhost.
+        prefix = f"{self.management.vhost}:fl.{self.names.federation}."
+        for name in await self.management.global_parameters(prefix):
+            await self.management.delete_global_parameter(prefix + name)
 
 
 class OutboxState:

@@ -10,6 +10,7 @@ import pytest
 from command_line import ProcessId, Running, descendants, until
 from small_federation import TASKS, SmallFederation
 
+from broker_fl.config import load_settings
 from broker_fl.transports.local_rabbitmq import LocalRabbitMQ
 
 pytestmark = [pytest.mark.system, pytest.mark.rabbitmq, pytest.mark.timeout(900)]
@@ -92,7 +93,8 @@ async def test_demo_on_a_private_broker_sums_up_and_leaves_nothing(federation: S
     await played.ends_well()
     assert played.running.err == ""
     summary = summary_of(file)
-    assert summary["broker"].startswith("private RabbitMQ ")
+    # The same as the tests', wherever that is from.
+    assert summary["broker"] == f"private RabbitMQ {(await federation.management.overview()).rabbitmq_version}"
     assert (summary["task"], summary["parties"], summary["versions"], summary["updates_merged"]) == ("digits", 3, 24, 24)
     assert (summary["updates_refused"], summary["refused_for"]) == (0, {})
     assert 0.2 < summary["accuracy"] <= 1
@@ -105,6 +107,35 @@ async def test_demo_on_a_private_broker_sums_up_and_leaves_nothing(federation: S
     assert len(played.seen) >= 7
     await played.leaves_no_process()
     assert left_in(temporary) == []
+
+
+async def test_demo_over_tls_has_no_port_in_the_clear_and_no_password_in_its_files(
+    federation: SmallFederation, temporary: Path
+) -> None:
+    folder, file = federation.folder / "demo", federation.folder / "summary.json"
+    arguments = ("--tls", "--parties", "2", "--versions", "6", "--folder", str(folder), "--json", str(file))
+    played = demo(federation, temporary, *arguments, *SMALL)
+    await played.ends_well()
+    summary = summary_of(file)
+    assert summary["broker"].startswith("private RabbitMQ ")
+    assert summary["broker"].endswith(" over mutual TLS")
+    assert (summary["versions"], summary["updates_refused"]) == (6, 0)
+    enrolled = load_settings(folder / "party-1.toml", environment={}).broker
+    assert enrolled.url.get_secret_value().startswith("amqps://127.0.0.1:")
+    assert (enrolled.user(), enrolled.logs_in_by_certificate) == ("party-1", True)
+    assert "https://127.0.0.1:" in played.running.out
+    await played.leaves_no_process()
+    assert left_in(temporary) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [(("--broker", "memory"), "--tls sets up a private RabbitMQ node"), (("--keep",), "goes with --tls only")],
+)
+async def test_demo_over_tls_needs_a_node_and_a_folder_that_stay(federation: SmallFederation, arguments, expected) -> None:
+    played = federation.run("demo", "--tls", *arguments, folder=federation.folder)
+    assert await played.ends() == 2
+    assert expected in played.err
 
 
 def test_demo_in_memory_sums_up_the_same(played: Path) -> None:
@@ -179,5 +210,6 @@ async def test_demo_on_a_given_broker_tidies_up_after_itself(
     assert f"using the RabbitMQ at 127.0.0.1:{rabbitmq.amqp_port}" in played.running.out
     assert await vhost.management.queues() == ()
     assert await vhost.management.list_users() == users
+    assert await vhost.management.global_parameters(f"{vhost.name}:") == {}
     await played.leaves_no_process()
     assert left_in(temporary) == []

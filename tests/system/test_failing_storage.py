@@ -50,6 +50,8 @@ def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
 async def test_full_disk_of_the_ledger_ends_the_aggregator_and_room_lets_it_go_on(
     small_disk: SmallDisk, federation: SmallFederation
 ) -> None:
+    # Enrolment makes the federation's key, where the disk will be.
+    federation.configure(security={"key": "federation.key"})
     await federation.enrol("a")
     worker = federation.worker("a")
     federation.ledger_file.parent.symlink_to(small_disk.folder)

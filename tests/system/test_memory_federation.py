@@ -62,6 +62,8 @@ def settings_of(tmp_path):
             },
             **sections,
         }
+        flags["security"] = {"signatures": False}
+        flags["trust"] = {"max_updates_per_minute": 0}
         flags["aggregator"] = {"state": tmp_path / "aggregator", "broadcast_every_s": 0.05, **sections.get("aggregator", {})}
         return load_settings(flags=flags, environment={})
 

@@ -115,7 +115,8 @@ async def test_who_may_not_or_cannot_take_part_says_why_and_leaves_those_at_work
 
     def stranger(name: str, *, password: str) -> Running:
         url = f"amqp://{name}:{password}@{host}"
-        task = ("--set", "federation.name=blobs", "--task", federation.task, *elsewhere)
+        unsigned = ("--set", "security.signatures=false")
+        task = ("--set", "federation.name=blobs", "--task", federation.task, *elsewhere, *unsigned)
         return federation.run("worker", "--party", name, "--broker", url, *task, name=f"worker-{name}", folder=federation.folder)
 
     second = federation.aggregator()

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import stat
 import subprocess
 import sys
@@ -41,9 +42,14 @@ async def test_party_is_added_listed_and_removed(federation: SmallFederation) ->
     assert load_settings(file, environment={}).worker.party == "a"
     assert await federation.succeeds("party", "list") == "a\nb\n"
     mistakes = {
-        ("add", "a", "--out", str(file)): f"{file} exists already",
-        ("add", "a"): "the broker has a user 'a' already: `broker-fl party remove a` first",
         ("add", "Not A Name"): "'Not A Name' cannot be a party",
+        ("add", "c", "--out", str(file)): "c: there is a file of an earlier enrolment",
+        ("add", "c", "--tier", "trustd"): "tier 'trustd': did you mean 'trusted'?",
+        ("set", "c", "--group", "north"): "no party 'c' in federation 'blobs': `broker-fl party list` shows all",
+        ("show", "c"): "no party 'c' in federation 'blobs'",
+        ("rotate", "c"): "no party 'c' in federation 'blobs'",
+        ("suspend", "c"): "no party 'c' in federation 'blobs'",
+        ("resume", "c"): "no party 'c' in federation 'blobs'",
         ("remove", "c"): "no party 'c' in federation 'blobs': `broker-fl party list` shows all",
     }
     started = {expected: federation.run("party", *arguments) for arguments, expected in mistakes.items()}
@@ -77,6 +83,7 @@ async def test_status_tells_of_versions_parties_and_queues_and_a_removed_party_i
     assert status["keyframe_bytes"] > 0
     assert status["keyframe_codec"] == "float32"
     assert (status["aggregator_online"], status["is_over"], status["missing"]) == (True, False, [])
+    assert re.fullmatch(r"aggregator on .+, pid \d+", status["leader"])
     party = status["parties"]["a"]
     assert party["online"]
     assert party["merged"] >= 5

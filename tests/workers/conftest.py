@@ -4,6 +4,7 @@ import asyncio
 import threading
 import time
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +19,11 @@ from aggregator.merging.strategies import build_strategy
 from aggregator.opening import open_ledger
 from aggregator.service import Aggregator, Pace
 from aggregator.snapshots import Snapshots
-from broker_fl.config import MergingSettings
+from broker_fl.config import MergingSettings, TrustSettings
 from broker_fl.database import sqlite_url
 from broker_fl.parameters import manifest_of
 from broker_fl.privacy.policy import Limits
+from broker_fl.signing import SIGNATURE, body_statement
 from broker_fl.topology import Names, party, party_permissions, policies, shared
 from broker_fl.transports.memory import MemoryBroker
 from broker_fl.transports.parts import Assembler
@@ -80,9 +82,11 @@ class Trainer:
 class Centre:
     """The other side by hand: broadcasts, takes updates one by one, and answers as it is told."""
 
-    def __init__(self, transport, updates):
+    def __init__(self, transport, updates, key=None):
         self.transport = transport
         self._updates = updates
+        self.key = key
+        """Of the federation: what is broadcast and answered is signed by it."""
         self._assembler = Assembler()
         self.frames = None
 
@@ -117,7 +121,7 @@ class Centre:
         elif number is None or number > self.frames.number:
             changed = None if plan == self.frames.plan else plan
             self.last = self.frames.next(vector, version=version, over=over, plan=changed, with_keyframe=with_keyframe)
-        frame = await publish(self.transport, self.last)
+        frame = await publish(self.transport, self.last, key=self.key)
         return frame.model_copy(update={"manifest": manifest})
 
     async def delivery(self):
@@ -143,8 +147,11 @@ class Centre:
         )
         await self.send_receipt(update.party, wire.encode(receipt))
 
-    async def send_receipt(self, to, body):
-        await self.transport.publish(Message(NAMES.receipts, body, routing_key=to))
+    async def send_receipt(self, to, body, *, signature=None):
+        if signature is None and self.key is not None:
+            signature = self.key.sign("receipt", body_statement(body))
+        headers = {} if signature is None else {SIGNATURE: signature}
+        await self.transport.publish(Message(NAMES.receipts, body, routing_key=to, headers=headers))
 
     def has_more_updates(self):
         return self._updates.receive_nowait() is not None
@@ -203,6 +210,9 @@ class Home:
         resend_after_s=120.0,
         limits=PLAIN,
         record=None,
+        observer=None,
+        federation_key=None,
+        key=None,
     ):
         """The worker at work; at the end it is stopped, unless it ended by itself. What it fails with is raised at the end."""
         own = np.full(manifest.size, -1, np.float32) if initial is None else initial
@@ -220,12 +230,13 @@ class Home:
                     num_examples=NUM_EXAMPLES,
                     clock=clock,
                 ),
-                identity=Identity(FEDERATION, self.party, manifest, own),
+                identity=Identity(FEDERATION, self.party, manifest, own, federation_key, key),
                 link=Link(**{"part_bytes": 1024, "max_message_bytes": 1 << 20, "inbox_grace_s": grace_s, **(link or {})}),
                 budget=budget or Budget(),
                 throttle=throttle,
                 resend_after_s=resend_after_s,
                 clock=clock,
+                observer=observer,
             )
             running = Running(worker, outbox)
             async with asyncio.timeout(PATIENCE_S), asyncio.TaskGroup() as group:
@@ -263,13 +274,13 @@ def centre(broker):
     """A function that opens one."""
 
     @asynccontextmanager
-    async def opened():
+    async def opened(key=None):
         async with (
             asyncio.timeout(PATIENCE_S),
             broker.connect("centre") as transport,
             transport.consume(NAMES.updates, prefetch=64, name="centre") as updates,
         ):
-            yield Centre(transport, updates)
+            yield Centre(transport, updates, key)
 
     return opened
 
@@ -281,17 +292,21 @@ def new_trainer():
 
 @pytest.fixture
 def aggregator(tmp_path, broker):
-    """A function that runs the real one, which merges every update with weight 1."""
+    """A function that runs the real one, which merges every update with weight 1; with signatures where it has a key."""
     merging = MergingSettings(mixing_rate=1.0, staleness="constant")
-    limits = admission.Limits(names=NAMES, manifest=MANIFEST, max_update_bytes=1 << 20, max_update_norm=None)
+    unsigned = admission.Limits(names=NAMES, manifest=MANIFEST, max_update_bytes=1 << 20, max_update_norm=None)
     pace = Pace(prefetch=8, group_updates=8, group_s=0.001, part_bytes=1024, max_message_bytes=1 << 20, tick_s=0.01)
 
     @asynccontextmanager
-    async def running(*, versions=None, up="float32", down="float32", keyframe="float32", keyframe_every_frames=100):
+    async def running(
+        *, versions=None, up="float32", down="float32", keyframe="float32", keyframe_every_frames=100, register=None, key=None
+    ):
         with open_ledger(sqlite_url(tmp_path / "ledger.db")) as ledger:
+            ledger_id = ledger.facts()["ledger_id"]
+            limits = unsigned if key is None else replace(unsigned, signed_for=ledger_id)
             plan = BroadcastPlan(
                 federation=FEDERATION,
-                ledger_id=ledger.facts()["ledger_id"],
+                ledger_id=ledger_id,
                 manifest=MANIFEST,
                 down=down,
                 keyframe=keyframe,
@@ -313,10 +328,19 @@ def aggregator(tmp_path, broker):
                 goal=Goal(versions=versions),
                 snapshot_every_versions=100,
                 parts_expire_s=60.0,
+                trust=None if key is None else TrustSettings(),
+                federation_key=None if key is None else key.public,
             )
             coordinator = Coordinator(ledger, Snapshots(str(tmp_path / "snapshots"), MANIFEST), rules, clock=time.time)
             service = Aggregator(
-                broker.connect, coordinator, topology=shared(FEDERATION), limits=limits, pace=pace, clock=time.time
+                broker.connect,
+                coordinator,
+                topology=shared(FEDERATION),
+                limits=limits,
+                pace=pace,
+                clock=time.time,
+                register=register,
+                key=key,
             )
             async with asyncio.timeout(PATIENCE_S), asyncio.TaskGroup() as group:
                 task = group.create_task(service.run(lambda: coordinator.open(np.zeros(MANIFEST.size, np.float32))))

@@ -46,6 +46,7 @@ async def test_seeds_of_noised_trainings_are_nobodys_to_know(home, centre, new_t
         for version in (1, 2):
             await hub.broadcast(version, privacy=ASKED)
             await hub.answer(await hub.update())
+        await home.counts("updates_merged", 2)
     async with centre() as hub, home.running(train):
         await hub.broadcast(3, privacy=ASKED, ledger="b" * 32)
         await hub.update()
@@ -168,6 +169,7 @@ async def test_nothing_of_trainings_without_noise_rides_in_updates_that_are_paid
     async with centre() as hub, home.running(raw):
         await hub.broadcast(1, up="topk:0.05+float32")
         await hub.answer(await hub.update())
+        await home.counts("updates_merged")
     with home.outbox() as outbox:
         assert np.abs(outbox.residual(hub.frames.manifest.digest)).max() == 100
     async with centre() as hub, home.running(noised):
@@ -217,6 +219,7 @@ async def test_what_noised_trainings_left_over_is_kept_over_restarts(home, centr
     async with centre() as hub, home.running(new_trainer(3.0), limits=limits):
         await hub.broadcast(1, up="topk:0.05+float32", privacy=ASKED)
         await hub.answer(await hub.update())
+        await home.counts("updates_merged")
     async with centre() as hub, home.running(new_trainer(1.0), limits=limits):
         await hub.broadcast(2, ledger="b" * 32, up="topk:0.05+float32", privacy=ASKED)
         update = await hub.update()

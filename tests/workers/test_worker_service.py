@@ -18,6 +18,7 @@ from broker_fl.errors import (
     QueueInUseError,
     StorageFullError,
     StorageInUseError,
+    UntrustedBrokerError,
 )
 from broker_fl.parameters import manifest_of
 from broker_fl.topology import Names
@@ -98,7 +99,7 @@ def residual(home, manifest):
 
 async def test_frame_is_trained_from_and_the_update_says_all_about_it(home, centre, new_trainer):
     train = new_trainer(0.5)
-    async with centre() as hub, home.running(train):
+    async with centre() as hub, home.running(train, clock=lambda: 1234.567):
         frame = await hub.broadcast(4)
         delivery = await hub.delivery()
     update = wire.decode(ModelUpdate, delivery.body)
@@ -115,6 +116,7 @@ async def test_frame_is_trained_from_and_the_update_says_all_about_it(home, cent
         "x-fl-base-version": 4,
         "x-fl-codec": "float32",
         "x-fl-bytes": len(delivery.body),
+        "x-fl-at": 1_234_567,
     }
     assert np.array_equal(train.bases[0], np.full(frame.manifest.size, 4, np.float32))
     assert train.plans == [frame.plan.training]
@@ -671,11 +673,11 @@ async def test_federation_that_begins_with_the_own_seeds_model_needs_no_keyframe
 
 async def test_update_stays_within_the_budget_and_names_its_codec(home, centre, new_trainer):
     delta = next(models())
-    async with centre() as hub, home.running(new_trainer(delta), budget=Budget(bytes=490)):
+    async with centre() as hub, home.running(new_trainer(delta), budget=Budget(bytes=531)):
         frame = await hub.broadcast(1, up=SPARSE)
         delivery = await hub.delivery()
         update = wire.decode(ModelUpdate, delivery.body)
-        assert len(delivery.body) <= 490
+        assert len(delivery.body) <= 531
         codec = parse_codec(update.codec)
         assert (codec.with_density(0.05), codec.density < 0.05) == (parse_codec(SPARSE), True)
         assert delivery.headers["x-fl-codec"] == update.codec
@@ -877,12 +879,57 @@ async def test_party_with_a_wrong_login_is_told_so(new_home, tmp_path, new_train
             await running.ended()
 
 
+async def test_broker_that_does_not_prove_who_it_is_ends_the_worker_that_starts(home, new_trainer):
+    """Somebody has to look at the settings."""
+
+    def connect(_):
+        raise UntrustedBrokerError("the certificate of the broker is from an unknown CA")
+
+    with raises(UntrustedBrokerError):
+        async with home.running(new_trainer(), connect=connect) as running:
+            await running.ended()
+
+
+async def test_broker_that_proved_it_once_is_waited_for(home, centre, new_trainer, broker):
+    """A certificate ran out, or somebody is on the line for a while."""
+    attempts = []
+
+    def connect(name):
+        attempts.append(name)
+        if len(attempts) == 2:
+            raise UntrustedBrokerError("the certificate of the broker has expired")
+        return home.connect(name)
+
+    async with home.running(new_trainer(), connect=connect):
+        async with centre() as hub:
+            await hub.broadcast(1)
+            await hub.update()
+        broker.stop()
+        broker.start()
+        await until(lambda: len(attempts) == 3)
+
+
 async def test_stop_while_the_broker_is_away_ends_at_once(home, broker, new_trainer):
     broker.stop()
     async with home.running(new_trainer()) as running:
         await asyncio.sleep(0.01)
         running.worker.stop()
         await running.ended()
+
+
+async def test_stop_at_the_moment_of_an_attempt_ends_the_attempts(home, new_trainer):
+    attempts, workers = [], []
+
+    def connect(name):
+        attempts.append(name)
+        assert len(attempts) < 20, "it tries on and on, and lets nobody else run"
+        workers[0].stop()
+        raise BrokerUnavailableError("away")
+
+    async with home.running(new_trainer(), connect=connect) as running:
+        workers.append(running.worker)
+        await running.ended()
+    assert len(attempts) == 1
 
 
 # With the real aggregator

@@ -164,7 +164,7 @@ def test_folder_that_is_not_there_is_a_configuration_error(tmp_path):
     [
         "not TOML",
         "",
-        '[broker]\nurl = "amqp://a:secret-word@h/"\n',
+        '[security]\nparty_key = "secret-word"\n',
         "[broker]\nurl = 5\n[security]\n",
         '[broker]\nurl = "amqp://a:secret-word@h/"\n[security]\nparty_key = "secret-word"\n',
         '[broker]\nurl = "amqp://a:secret-word@[h/"\n[security]\n',

@@ -423,6 +423,18 @@ async def test_enrolment_that_made_the_user_goes_on_with_its_password(site, righ
     await may_publish(site, alice)
 
 
+async def test_user_that_somebody_else_made_meanwhile_is_not_taken_for_ones_own(site, elsewhere):
+    """No password opens either of them."""
+    alice, management = new_name("alice"), site.office.management
+    site.files.begin(alice, new_credentials(alice, issue=lambda _: None))
+    await management.import_definitions(render(management.vhost, users=[User(alice)]))
+    await elsewhere.put_permissions(alice, Permissions(".*", ".*", ".*"))
+    with pytest.raises(ConfigurationError, match="no party of this federation"):
+        await site.add(alice)
+    assert list(await management.permissions_of(alice)) == [elsewhere.vhost]
+    await management.delete_user(alice)
+
+
 async def test_enrolment_that_only_lacked_the_name_of_its_file_gets_it(site):
     alice = new_name("alice")
     await site.add(alice)
@@ -695,6 +707,26 @@ async def test_login_that_is_used_elsewhere_loses_its_rights_here_alone(site, el
     with pytest.raises(NotFoundError):
         await remove_party(site.office, alice)
     await elsewhere.delete_user(alice)
+
+
+async def test_login_that_is_used_elsewhere_is_suspended_here_alone(site, elsewhere):
+    alice, everything = new_name("alice"), Permissions(".*", ".*", ".*")
+    await site.add(alice)
+    await elsewhere.put_permissions(alice, everything)
+    async with busy(site, alice) as working, asyncio.timeout(SOON_S):
+        await suspend_party(site.office, alice)
+        await working
+    for again in (suspend_party(site.office, alice), site.add(alice, group="north"), site.rotate(alice)):
+        await again
+        with pytest.raises(NotFoundError, match="suspended"):
+            await may_publish(site, alice)
+    broker = site.party(alice).broker
+    url = broker.url.get_secret_value().replace(site.office.management.vhost, elsewhere.vhost)
+    async with amqp_connect(broker.model_copy(update={"url": SecretStr(url)}))("worker") as there:
+        await there.declare(Topology((Exchange("x", "fanout"),)))
+    await resume_party(site.office, alice)
+    await may_publish(site, alice)
+    await site.office.management.delete_user(alice)
 
 
 async def test_two_who_enrol_the_same_party_at_the_same_time_give_it_one_password(site):

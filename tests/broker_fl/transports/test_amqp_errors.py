@@ -239,9 +239,7 @@ async def test_forged_sender_is_refused_and_a_missing_one_is_seen_to_be_missing(
     async with connect(vhost.url) as transport:
         await transport.declare(TOPOLOGY)
     async with await aio_pika.connect(vhost.url) as connection:
-        forger = AmqpTransport(
-            BrokerSettings(url=SecretStr("amqp://alice:a@127.0.0.1/")), consuming=connection, channel=await connection.channel()
-        )
+        forger = AmqpTransport(BrokerSettings(), user="alice", consuming=connection, channel=await connection.channel())
         with pytest.raises(AccessRefusedError, match="user_id"):
             await forger.publish(Message("x", b"forged"))
         channel = await connection.channel()
@@ -293,13 +291,32 @@ async def test_properties_that_cannot_be_read_count_as_absent_and_end_nothing(vh
     assert (good.body, good.message_id, good.headers) == (b"good", "1", {"a": 1})
 
 
-async def publish_raw(url: str, body: bytes, *, flag: int, properties: bytes) -> None:
+@pytest.mark.rabbitmq
+async def test_routing_key_that_is_no_text_ends_nothing(vhost):
+    async with connect(vhost.url) as transport:
+        await transport.declare(TOPOLOGY)
+        await publish_raw(vhost.url, b"hostile", routing_key=b"\xff\xfe")
+        await transport.publish(Message("x", b"good"))
+        async with transport.consume("q", prefetch=5, name="c") as subscription:
+            hostile, good = await take(subscription, 2)
+    assert (hostile.body, hostile.routing_key, good.body) == (b"hostile", "\ufffd\ufffd", b"good")
+
+
+def test_properties_that_nobody_reads_are_none_so_that_aio_pika_can_take_every_message():
+    """RabbitMQ 4.0 passes on any delivery mode."""
+    header = ContentHeader()
+    header.unmarshal(struct.pack(">HHQH", 60, 0, 0, 0x1100) + b"\x4d" + short(b"soon"))
+    message = aio_pika.IncomingMessage(DeliveredMessage(Basic.Deliver("c", 1, False, "x", ""), header, b"", channel=None))
+    assert (message.delivery_mode, message.expiration) == (aio_pika.DeliveryMode.NOT_PERSISTENT, None)
+
+
+async def publish_raw(url: str, body: bytes, *, flag: int = 0, properties: bytes = b"", routing_key: bytes = b"") -> None:
     """As a client that minds no rules; returns when the broker has confirmed it."""
     async with aiormq.connect(url) as connection:
         channel = await connection.channel()
         channel.confirmations[1] = confirmed = channel.create_future()
         frames = [
-            pamqp.frame.marshal(Basic.Publish(exchange="x"), channel.number),
+            raw_frame(1, channel.number, struct.pack(">IH", Basic.Publish.index, 0) + short(b"x") + short(routing_key) + b"\0"),
             raw_frame(2, channel.number, struct.pack(">HHQH", 60, 0, len(body), flag) + properties),
             raw_frame(3, channel.number, body),
         ]

@@ -375,6 +375,21 @@ async def test_all_that_is_read_is_counted_again_where_it_is_read_again():
     assert traffic.take()["bytes_down"] >= 4 * 500 + len(body_of(3))
 
 
+async def test_who_counts_is_told_of_every_message_and_the_codec_that_it_names():
+    told = []
+    traffic = Traffic(lambda codec, size: told.append((codec, size)))
+    named = [replace(part, headers={**part.headers, "x-fl-codec": "int8"}) for part in parts_of(1, parts=2, part_bytes=500)]
+    nonsense = replace(message_of(2), headers={"x-fl-number": 2, "x-fl-codec": 8})
+    async with connected(in_memory()) as transport, transport.listen("model", name="test") as feed:
+        await publish(transport, *named, nonsense, message_of(3))
+        async with asyncio.timeout(20), aclosing(read_queue(feed, traffic=traffic)) as broadcasts:
+            for number in (1, 2, 3):
+                assert number_in((await anext(broadcasts)).body) == number
+    sizes = [len(message.body) for message in (*named, nonsense, message_of(3))]
+    assert told == list(zip(("int8", "int8", "", ""), sizes, strict=True))
+    assert traffic.take()["bytes_down"] == sum(sizes)
+
+
 async def test_own_queue_gives_whole_bodies_and_leaves_out_what_began_before(broker):
     async with connected(broker) as transport, transport.listen("model", name="test") as feed:
         await publish(transport, *parts_of(1, parts=3)[1:], *parts_of(2, parts=3), message_of(3))

@@ -492,6 +492,7 @@ def test_our_own_part_is_safe(authority):
     context = context_of(ca=authority.ca)
     assert context.minimum_version == ssl.TLSVersion.TLSv1_2
     assert (context.verify_mode, context.check_hostname) == (ssl.CERT_REQUIRED, True)
+    assert not context.hostname_checks_common_name
     assert len(context.get_ca_certs()) == 1
     assert not context.verify_flags & ssl.VERIFY_CRL_CHECK_LEAF
     assert context_of(ca=authority.ca_and_revoked).verify_flags & ssl.VERIFY_CRL_CHECK_LEAF
