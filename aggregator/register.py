@@ -44,18 +44,25 @@ class Members:
         self._half_done: set[str] = set()
         """Suspensions that the register may say already, while connections are still open."""
 
-    def learn(self, members: Iterable[SignedMembership]) -> None:
-        """An older revision than one that is known changes nothing: a broker could bring back a key that was given up."""
+    def recall(self, members: Iterable[SignedMembership]) -> None:
+        """From the ledger, which has what counted when a party was last heard of."""
         for signed in members:
             member = signed.membership
             known = self._known.get(member.party)
             if known is None or known.membership.revision < member.revision:
                 self._known[member.party] = signed
-            elif known.membership.revision > member.revision:
+
+    def learn(self, members: Iterable[SignedMembership]) -> None:
+        """From the register. An older revision than one that is known changes nothing: a broker could bring back a key that was
+        given up."""
+        for signed in members:
+            member = signed.membership
+            self.recall((signed,))
+            if (known := self._known[member.party].membership.revision) > member.revision:
                 log.error(
                     "the register went back: the newer membership counts",
                     party=member.party,
-                    known=known.membership.revision,
+                    known=known,
                     found=member.revision,
                 )
 

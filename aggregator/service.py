@@ -288,7 +288,7 @@ class Aggregator:
             await self._in_ledger(open_state)
             self._is_open = True
         self._has_led.set()
-        self._members.learn(await self._in_ledger(self._coordinator.members))
+        self._members.recall(await self._in_ledger(self._coordinator.members))
         self._suspends.set()
         if not self._coordinator.is_over:
             self._on_lead()

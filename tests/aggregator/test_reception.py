@@ -308,7 +308,8 @@ class TestQuarantine:
         one = door()
         anonymous = [one.delivery(one.update(seed=seed), user=None) for seed in range(30)]
         assert sum(one.reception.keeps(delivery, Refused("identity", "")) for delivery in anonymous) == QUARANTINED_PER_MINUTE
-        assert one.reception.keeps(one.delivery(one.update("bob")), Refused("identity", ""))
+        for user in ("bob", None):
+            assert one.reception.keeps(one.delivery(one.update("bob"), user=user), Refused("identity", ""))
 
     @pytest.mark.parametrize("reason", ["rate", "suspended"])
     async def test_of_a_flood_nothing_is_kept(self, door, reason):

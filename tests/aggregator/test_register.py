@@ -21,6 +21,24 @@ class TestWhatIsKnown:
         (told,) = logs
         assert (told["log_level"], told["party"], told["known"], told["found"]) == ("error", "ann", 3, 2)
 
+    def test_what_the_ledger_remembers_may_be_older_than_the_register(self):
+        members = Members(None)
+        members.learn([membership(revision=2, tier="probation")])
+        with capture_logs() as logs:
+            members.recall([membership(revision=1), membership("bob")])
+        assert members.get("ann").membership.tier == "probation"
+        assert members.parties() == ["ann", "bob"]
+        assert logs == []
+
+    def test_what_the_ledger_remembers_is_no_register_that_went_back(self):
+        members = Members(None)
+        with capture_logs() as logs:
+            members.recall([membership(revision=2), membership("bob")])
+            members.learn([membership(revision=3)])
+            members.recall([membership(revision=2)])
+        assert logs == []
+        assert members.get("ann").membership.revision == 3
+
     def test_nothing_is_known_of_who_was_never_seen(self):
         members = Members(None)
         assert members.get("ann") is None

@@ -498,6 +498,7 @@ async def test_headers_say_what_a_message_holds(ward):
     assert receipt.headers == {
         "x-fl-outcome": "merged",
         "x-fl-version": 1,
+        "x-fl-staleness": 0,
         "x-fl-codec": "int8",
         "x-fl-bytes": len(wire.encode(update)),
     }
