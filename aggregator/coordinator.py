@@ -489,7 +489,7 @@ class Coordinator:
             refused = self._privacy.overspent(content.update.party)
         if refused is not None:
             return self._refuse(sender, refused, size, content)
-        judgement = Judgement() if self._trust is None else self._trust.judge(content)
+        judgement = Judgement() if self._trust is None else self._trust.judge(content, self._state.model)
         if isinstance(judgement, Refused):
             return self._refuse(sender, judgement, size, content)
         return self._merge(content, judgement, size)

@@ -8,8 +8,9 @@ Three rules make an update count less, and each has its reason:
 norm       larger than `norm_factor` times what the other parties send (the median of their medians): scaled down to that. Two
            others are the least: a single one could say what is usual, and so whom to shut out
 direction  its party pulls against where the model goes: the cosines of its updates to the running direction are below zero by
-           more than `_T_LEAST` standard errors, and those of most others clearly above it. Else the model goes nowhere: near the
-           end of training what honest parties with different data send adds up to nothing, and each pulls against the others
+           more than `_T_LEAST` standard errors, and those of most others clearly above it, by no more than twice as much. Else
+           the model goes nowhere: near the end of training what honest parties with different data send adds up to nothing, and
+           each pulls against the others
 tier       the party's tier weighs less
 
 and two refuse it: over `outlier_factor` times what the others send (`outlier`), and of a party that is suspended (`suspended`).
@@ -31,6 +32,7 @@ from aggregator.records import Entry
 from broker_fl.codecs.delta import Delta
 from broker_fl.config import TrustSettings
 from broker_fl.errors import DamagedError
+from broker_fl.parameters import Vector
 from schemas.membership import STANDARD_TIER, Membership, SignedMembership
 from schemas.receipt import Reason
 
@@ -49,7 +51,10 @@ _T_LEAST = 4.0
 _LEAST_MEAN_COSINE = 0.02
 """A pull that is weaker than this is none, however sure it is."""
 _LEAST_COMMON_COSINE = 0.1
-"""The median of the other parties' mean cosines, below which they go nowhere together."""
+"""The median of two other parties' mean cosines, below which they go nowhere together. That of more is surer: it may be smaller
+by the root of their number."""
+_OPPOSED = 0.5
+"""The share of that which a party has to pull the other way, before it is more than odd."""
 
 _LEAST_NORM = 1e-20
 """What is smaller says nothing of a direction, and would not be scaled to a unit in float32."""
@@ -133,12 +138,15 @@ class Usual:
 
     def beside(self, party: str) -> float | None:
         """None where too little is known of the others."""
-        own = self._figures.get(party)
-        others = len(self._sorted) - (own is not None)
+        own, others = self._figures.get(party), self.others(party)
         if others < _LEAST_OTHERS or self._total - self._counts[party] < _LEAST_UPDATES:
             return None
         place = len(self._sorted) if own is None else bisect_left(self._sorted, own)
         return (self._other(place, (others - 1) // 2) + self._other(place, others // 2)) / 2
+
+    def others(self, party: str) -> int:
+        """How many there are."""
+        return len(self._sorted) - (party in self._figures)
 
     def _other(self, own: int, index: int) -> float:
         return self._sorted[index if index < own else index + 1]
@@ -257,15 +265,14 @@ class Trust:
         """Whom this ledger suspended, and no operator took back as far as the ledger knows."""
         return dict(self._shut_out)
 
-    def judge(self, examined: Examined) -> Judgement | Refused:
-        """Of an update whose turn it is."""
+    def judge(self, examined: Examined, model: Vector | None = None) -> Judgement | Refused:
+        """Of an update whose turn it is. Before anything is usual, an outlier is what outweighs the model itself."""
         party, norm = examined.update.party, examined.norm
         usual = self._usual_norm.beside(party)
-        bound = _times(self._settings.outlier_factor, usual)
+        bound = _times(self._settings.outlier_factor, _norm_of(model) if usual is None else usual)
         if bound is not None and norm > bound:
-            return Refused(
-                "outlier", f"its norm {norm:.4g} is over {bound:.4g}, {self._settings.outlier_factor:g} times the usual"
-            )
+            what = "the model's own" if usual is None else "the usual"
+            return Refused("outlier", f"its norm {norm:.4g} is over {bound:.4g}, {self._settings.outlier_factor:g} times {what}")
         cosine = None if self._direction is None else self._direction.cosine(examined.delta, norm)
         found = [(1.0, None, ""), *self._tier(party), *self._norm(norm, usual), *self._pull(party, cosine)]
         _, reason, detail = min(found, key=lambda rule: rule[0])
@@ -297,10 +304,10 @@ class Trust:
         record = self._records.get(party)
         if cosine is None or record is None or not record.pulls_against():
             return []
-        common = self._usual_cosine.beside(party)
-        if common is None or common < _LEAST_COMMON_COSINE:
+        common, mean = self._usual_cosine.beside(party), record.mean_cosine()
+        least = _LEAST_COMMON_COSINE / math.sqrt(self._usual_cosine.others(party) / _LEAST_OTHERS or 1)
+        if common is None or common < least or mean > -_OPPOSED * common:
             return []
-        mean = record.mean_cosine()
         detail = f"its updates have a mean cosine of {mean:.3f} to the running direction, and most others of {common:.3f}"
         return [(self._settings.direction_weight, "direction", detail)]
 
@@ -311,6 +318,10 @@ class Trust:
 
     def records(self) -> dict[str, Record]:
         return dict(self._records)
+
+
+def _norm_of(model: Vector | None) -> float:
+    return 0.0 if model is None else math.sqrt(float(np.dot(model, model)))
 
 
 def _times(factor: float, usual: float | None) -> float | None:

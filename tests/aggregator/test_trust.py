@@ -73,6 +73,14 @@ OTHERS = norms("bob", *[1.0] * 5) + norms("cem", *[1.0] * 5)
 
 
 class TestNorms:
+    def test_before_anything_is_usual_an_outlier_outweighs_the_model_itself(self):
+        trust, model = trusting(), np.array([3.0, 4.0], np.float32)
+        assert trust.judge(examined(values=[200.0]), model) == Judgement()
+        assert trust.judge(examined(values=[201.0]), model) == Refused(
+            "outlier", "its norm 201 is over 200, 40 times the model's own"
+        )
+        assert trust.judge(examined(values=[201.0]), np.zeros(2, np.float32)) == Judgement()
+
     def test_what_is_at_the_bound_is_merged_whole_and_what_is_over_it_is_scaled_down_to_it(self):
         trust = trusting(None, *OTHERS, norm_factor=4.0)
         assert trust.judge(examined(values=[4.0])) == Judgement()
@@ -103,6 +111,14 @@ class TestNorms:
         assert trust.judge(examined(values=[1e6])) == Judgement()
         trust.remember(norms("cem", 1.0))
         assert trust.judge(examined(values=[1e6])).reason == "outlier"
+
+    @pytest.mark.parametrize(("mean", "expected"), [(-0.199, None), (-0.201, "direction")])
+    def test_a_party_is_found_only_where_it_pulls_half_as_much_as_the_others(self, mean, expected):
+        others = [merged(party, cosine=0.4) for party in ("bob", "cem")]
+        trust = trusting(None, *[merged(cosine=mean)] * 32, *others * 5, direction=True)
+        for _ in range(10):
+            trust.merged(examined("bob"), Judgement())
+        assert trust.judge(examined()).reason == expected
 
     def test_one_other_party_alone_does_not_say_what_is_usual(self):
         """Else, of two, the one that sends next to nothing would shut out the other."""
@@ -347,8 +363,11 @@ class TestPullingAgainst:
         # Alone, each would look like one that turns its updates around.
         assert len(alone) >= count / 2
 
-    @pytest.mark.parametrize(("common", "expected"), [(0.099, None), (0.101, "direction")])
+    @pytest.mark.parametrize(
+        ("common", "expected"), [(0.1 / math.sqrt(2) - 1e-3, None), (0.1 / math.sqrt(2) + 1e-3, "direction")]
+    )
     def test_a_party_is_found_only_while_most_others_go_somewhere_together(self, common, expected):
+        """The more they are, the surer it is where they go: these are four."""
         cosines = {"bob": common, "cem": 0.9, "dan": common, "eve": 0.0}
         others = [merged(party, cosine=cosine) for party, cosine in cosines.items()]
         trust = trusting(None, *[merged(cosine=-0.5)] * 32, *others * 3, direction=True)
