@@ -74,7 +74,7 @@ OTHERS = norms("bob", *[1.0] * 5) + norms("cem", *[1.0] * 5)
 
 class TestNorms:
     def test_before_anything_is_usual_an_outlier_outweighs_the_model_itself(self):
-        trust, model = trusting(), np.array([3.0, 4.0], np.float32)
+        trust, model = trusting(outlier_factor=40.0), np.array([3.0, 4.0], np.float32)
         assert trust.judge(examined(values=[200.0]), model) == Judgement()
         assert trust.judge(examined(values=[201.0]), model) == Refused(
             "outlier", "its norm 201 is over 200, 40 times the model's own"
