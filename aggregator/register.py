@@ -15,7 +15,8 @@ from schemas.membership import SignedMembership
 
 log = structlog.get_logger(__name__)
 
-_REFRESH_S = 10.0
+_REFRESH_S = 30.0
+"""Ten thousand parties take the broker most of a second. What cannot wait is looked up alone: a new party, a new key."""
 _ASK_AGAIN_S = 2.0
 """How soon the register is asked again for one party: a hostile one must not make the aggregator ask for every message."""
 _ANSWERS_WITHIN_S = 2.0

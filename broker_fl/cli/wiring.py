@@ -387,8 +387,8 @@ def _party_key(settings: Settings) -> SigningKey | None:
         return None
     if settings.security.party_key is None:
         raise ConfigurationError(
-            "updates are signed, and this party has no key: use its party file (--enrolment NAME.toml, from `broker-fl party add` "
-            "or `party rotate`); a federation without signatures says so by --set security.signatures=false, on all sides"
+            "updates are signed, and this party has no key: use its party file (--enrolment NAME.toml, from `broker-fl party "
+            "add` or `party rotate`); a federation without signatures says so by --set security.signatures=false, on all sides"
         )
     return key_of(settings.security.party_key.get_secret_value(), what="[security] party_key")
 
