@@ -2,9 +2,9 @@
 
 Ten workers, an aggregator and an evaluator of the real kind share this process and the in-memory broker. What hostile parties
 send is changed on its way: `flip` turns the delta around, `flip x10` makes it ten times as large too, `noise x10` replaces it by
-Gaussian noise of ten times its norm, `boost x30` makes it thirty times as large. `accuracy` is the mean of the last five evaluated
-versions; `honest less` and `hostile less` are the shares of the honest and of the hostile parties' updates that counted less or
-not at all.
+Gaussian noise of ten times its norm, `boost x30` makes it thirty times as large. `accuracy` is the mean of the last five
+evaluated versions; `honest less` and `hostile less` are the shares of the honest and of the hostile parties' updates that counted
+less or not at all.
 
     python -m benchmarks.trust --data FOLDER [--json FILE] [--hostile 3] [--attack flip] [--partition iid]
 
