@@ -736,7 +736,8 @@ async def test_two_who_enrol_the_same_party_at_the_same_time_give_it_one_passwor
         ended = await asyncio.gather(*(site.add(alice) for _ in range(4)), return_exceptions=True)
         assert "new" in ended
         assert {str(one) for one in ended if isinstance(one, Exception)} <= {
-            f"{site.part(alice)} was just made by somebody else, who enrols the same party: try again"
+            f"{site.part(alice)} was just made by somebody else, who enrols the same party: try again",
+            f"{site.file(alice)} exists already: move it away first",
         }
         await may_publish(site, alice)
         key = SigningKey.from_text(site.party(alice).security.party_key.get_secret_value())
