@@ -45,8 +45,9 @@ _STRIKES = 8
 
 TABLE = os.environ.get("ATTACK_TABLE")
 """The file that the table of docs/security.md is written to: then floods are longer, and need a quiet machine."""
-WINDOW_S = 10.0 if TABLE else 3.0
+WINDOW_S = 10.0 if TABLE else 2.0
 PATIENCE_S = 60.0
+_HAS_PROC = Path("/proc/self/clear_refs").exists()
 _FEW = 20
 """Messages that wait: those of a few honest updates."""
 
@@ -287,12 +288,16 @@ class Battlefield:
         return self._status("VmRSS")
 
     def begin_peak(self) -> None:
-        Path(f"/proc/{self.aggregator.pid}/clear_refs").write_text("5")
+        if _HAS_PROC:
+            Path(f"/proc/{self.aggregator.pid}/clear_refs").write_text("5")
 
     def peak_bytes(self) -> int:
         return self._status("VmHWM")
 
     def _status(self, key: str) -> int:
+        """0 where the system does not tell."""
+        if not _HAS_PROC:
+            return 0
         text = Path(f"/proc/{self.aggregator.pid}/status").read_text()
         return int(text.partition(f"{key}:")[2].split()[0]) << 10
 
