@@ -112,6 +112,9 @@ def examine(body: bytes, sender: Sender, limits: Limits, credentials: Credential
         unsigned = _unsigned(update, credentials, digest=digest, ledger=limits.signed_for)
         if unsigned is not None:
             return unsigned
+    boasting = _boasting(update, credentials)
+    if boasting is not None:
+        return replace(boasting, update=update)
     found = _unprotected(update, limits) or _decoded(update, limits, digest=digest)
     if isinstance(found, Refused):
         return replace(found, update=update)
@@ -133,6 +136,18 @@ def _unsigned(update: ModelUpdate, credentials: Credentials, *, digest: str, led
         # Nobody's fault: of what a party has in its outbox where the federation begins anew.
         return Refused("base", f"was trained from a frame of ledger {(update.ledger or 'none')[:12]}, not {ledger[:12]}")
     return None
+
+
+def _boasting(update: ModelUpdate, credentials: Credentials) -> Refused | None:
+    """Where updates weigh by their examples, who says more would have the model to himself."""
+    agreed = None if credentials.membership is None else credentials.membership.membership.num_samples
+    if agreed is None or update.num_samples <= agreed:
+        return None
+    return Refused(
+        "samples",
+        f"says {update.num_samples} examples, and its party was enrolled with {agreed}: `broker-fl party set --num-samples` "
+        "changes that",
+    )
 
 
 def _decoded(update: ModelUpdate, limits: Limits, *, digest: str) -> Examined | Refused:

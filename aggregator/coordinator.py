@@ -248,7 +248,12 @@ class Coordinator:
                 "name another state folder"
             )
         pinned, own = facts.get(FEDERATION_KEY), self._rules.federation_key
-        if None not in (pinned, own) and pinned != own:
+        if pinned is not None and own is None:
+            raise ConfigurationError(
+                f"the updates in {self._ledger.name} are signed, and an unsigned one among them would look forged: leave "
+                "[security] signatures = true, or name another state folder"
+            )
+        if pinned is not None and pinned != own:
             raise ConfigurationError(
                 f"{self._ledger.name} belongs to the federation's key {str(pinned)[:12]}, not {str(own)[:12]}: its parties would "
                 "follow nothing that this key signs; name the right file by [security] key"

@@ -237,9 +237,10 @@ class Trust:
                 record.cosines.append(entry.cosine)
                 self._usual_cosine.put(party, record.mean_cosine(), of=len(record.cosines))
             goodness = _GOODNESS.get(entry.reason or "", 1.0)
-        elif entry.reason in _HOSTILE:
+        elif entry.reason in _HOSTILE and not (entry.reason == "signature" and party not in self._members):
             goodness = 0.0
         else:
+            # The register that knows the party's key may have been away, too.
             return
         record.score = _SCORE_MEMORY * record.score + (1 - _SCORE_MEMORY) * goodness
 

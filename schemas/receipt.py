@@ -22,6 +22,7 @@ Reason = Literal[
     "privacy",  # without the noise that this federation asks for, or over what a party may spend
     "parts",  # parts that do not fit together
     "signature",  # not signed by the key that its party was enrolled with
+    "samples",  # says more examples than its party was enrolled with
     "rate",  # more updates than a party may send in this time
     "outlier",  # far outside of what the others send: held in quarantine
     "suspended",  # its party is suspended

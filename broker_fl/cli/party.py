@@ -27,7 +27,9 @@ Name = Annotated[
 ]
 DisplayName = Annotated[str | None, typer.Option(help="What people call it.", show_default=False)]
 Group = Annotated[str | None, typer.Option(help='Its group: a name like a party\'s; "" for none.', show_default=False)]
-NumSamples = Annotated[int | None, typer.Option(help="Of its data, as agreed.", show_default=False)]
+NumSamples = Annotated[
+    int | None, typer.Option(help="Of its data, as agreed: updates that say more are refused.", show_default=False)
+]
 Tier = Annotated[str | None, typer.Option(help="How far it is trusted: one of [trust] tiers.", show_default=False)]
 PublicKey = Annotated[
     str | None,

@@ -6,10 +6,22 @@ from typing import get_args
 
 import numpy as np
 import pytest
+from enrolled_parties import membership
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from aggregator.admission import MAX_MAGNITUDE, Examined, Limits, Refused, RolledBack, Sender, admit, examine, identify
+from aggregator.admission import (
+    MAX_MAGNITUDE,
+    Credentials,
+    Examined,
+    Limits,
+    Refused,
+    RolledBack,
+    Sender,
+    admit,
+    examine,
+    identify,
+)
 from aggregator.merging.fold import Buffer, State
 from aggregator.merging.strategies import build_strategy
 from broker_fl.codecs.codec import encode, parse_codec
@@ -320,6 +332,17 @@ class TestAdmission:
         assert (state.model == 1).all()
 
 
+def test_who_says_more_examples_than_it_was_enrolled_with_is_refused():
+    credentials = Credentials(membership("a", num_samples=100))
+    assert isinstance(examine(wire.encode(_update(num_samples=100)), SENDER, LIMITS, credentials), Examined)
+    found = examine(wire.encode(_update(num_samples=101)), SENDER, LIMITS, credentials)
+    assert _reason(found) == "samples"
+    assert found.detail.startswith("says 101 examples, and its party was enrolled with 100")
+    assert found.update is not None
+    anyone = examine(wire.encode(_update(num_samples=101)), SENDER, LIMITS, Credentials(membership("a")))
+    assert isinstance(anyone, Examined)
+
+
 def test_every_reason_is_found_here_but_for_parts_floods_and_what_trust_says():
     with pytest.raises(DecodeError):
         part_of({"x-fl-part": 0})
@@ -337,6 +360,7 @@ def test_every_reason_is_found_here_but_for_parts_floods_and_what_trust_says():
         "repeated",
         "privacy",
         "signature",
+        "samples",
     }
     of_trust = {"outlier", "suspended", "norm", "direction", "tier"}
     assert set(get_args(Reason)) == found_here | of_trust | {"parts", "rate"}

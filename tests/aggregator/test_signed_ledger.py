@@ -258,6 +258,11 @@ def test_key_of_the_federation_is_pinned_and_no_other_one_goes_on(bench):
     with bench.ledger() as ledger:
         assert ledger.facts()[FEDERATION_KEY_FACT] == FEDERATION_KEY.public
 
+    none = {**other, "federation_key": None}
+    forged = "an unsigned one among them would look forged"
+    with bench.coordinator(**none) as coordinator, pytest.raises(ConfigurationError, match=forged):
+        coordinator.open(bench.initial)
+
 
 def test_key_that_comes_later_is_pinned_from_then_on(bench):
     with bench.opened():

@@ -35,7 +35,7 @@ HOSTILE = (
     "outlier",
     "rate",
 )
-HARMLESS = ("rolled_back", "base", "too_stale", "repeated", "privacy", "suspended")
+HARMLESS = ("rolled_back", "base", "samples", "too_stale", "repeated", "privacy", "suspended")
 TIERS = {"trusted": 1.0, "standard": 0.5, "probation": 0.125}
 
 
@@ -449,7 +449,10 @@ class TestScores:
 
     @pytest.mark.parametrize("reason", HOSTILE)
     def test_these_reasons_lower_a_score(self, reason):
-        assert trusting(None, refused(reason=reason)).records()["ann"].score == pytest.approx(0.9)
+        assert trusting(None, enrolled(), refused(reason=reason)).records()["ann"].score == pytest.approx(0.9)
+
+    def test_a_signature_says_nothing_of_a_party_whose_key_nobody_knows(self):
+        assert trusting(None, refused(reason="signature")).records()["ann"].score == 1.0
 
     @pytest.mark.parametrize("reason", HARMLESS)
     def test_these_say_nothing_of_a_party(self, reason):

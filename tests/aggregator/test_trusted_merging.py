@@ -242,7 +242,8 @@ class TestReplay:
         assert len({entry.factor for entry in updates(bench) if entry.outcome != "refused"}) > 2
         assert verified(bench).model_digest == replayed(bench) == model
         # Rules that judge otherwise today change nothing of what was.
-        with bench.opened(trust=TrustSettings(tiers={"standard": 0.01}), merging=merging) as coordinator:
+        rules = {**TRUSTED, "trust": TrustSettings(tiers={"standard": 0.01})}
+        with bench.opened(**rules, merging=merging) as coordinator:
             assert coordinator.model_digest() == model
 
     def test_an_entry_without_a_factor_was_merged_whole(self, bench):
