@@ -131,7 +131,9 @@ def arrival(payload: bytes, *, codec: str, manifest: Manifest, base: FrameRow, s
         payload=payload,
     )
     decoded = decode(payload, parse_codec(codec), manifest=manifest)
-    return Arrival(Sender(PARTY, update.update_id), Examined(update, decoded, payload_digest(payload)), len(payload))
+    return Arrival(
+        Sender(PARTY, update.update_id), Examined(update, decoded, payload_digest(payload), decoded.norm()), len(payload)
+    )
 
 
 def fill(state: State, *, codec: str, updates: int, merging: MergingSettings) -> str:
