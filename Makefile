@@ -1,7 +1,8 @@
 # For GNU make 3.81 (macOS) and newer, and any POSIX shell. `make` alone lists the targets.
 
 ARGS :=
-JOBS := auto
+# One more than there are cores: many tests wait for a broker.
+JOBS := $(shell echo $$(( $$(getconf _NPROCESSORS_ONLN) + 1 )))
 RABBITMQ4 := build/rabbitmq4
 PYTHON := python3.13 python3.12 python3.11 python3
 BIN := .venv/bin
