@@ -16,7 +16,7 @@ import asyncio
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,15 +27,14 @@ import uvloop
 
 from aggregator.opening import open_ledger_for_reading
 from benchmarks.report import parser, show
-from benchmarks.wire import KINDS, LAST_EVALUATIONS, NAMES, PARTIES, PARTITIONS, Onlooker, stage
+from benchmarks.wire import KINDS, LAST_EVALUATIONS, NAMES, PARTIES, PARTITIONS, Onlooker, live
 from broker_fl.cli.logs import LogFormat, LogLevel, configure_logs
-from broker_fl.cli.wiring import built_aggregator, built_evaluator, built_worker, task_of
+from broker_fl.cli.wiring import task_of
 from broker_fl.codecs.codec import decode, encode, parse_codec
 from broker_fl.config import Settings, load_settings
 from broker_fl.database import sqlite_url
 from broker_fl.parameters import Vector
 from broker_fl.tasks.module import initial
-from broker_fl.transports.memory import MemoryBroker
 from broker_fl.transports.transport import Connect, Message, Transport
 from schemas import wire
 from schemas.manifest import Manifest
@@ -140,25 +139,13 @@ def hostile(connect: Connect, twist: Twist, manifest: Manifest, seed: int) -> Co
 async def federate(partition: str, attack: str, *, count: int, rules: bool, data: Path, folder: Path) -> Row:
     of = partial(settings_for, partition, rules=rules, data=data, folder=folder)
     _, manifest, _ = initial(task_of(of()), of().task.data, 0)
-    broker: MemoryBroker = stage()
     onlooker = Onlooker()
     began = time.perf_counter()
-    with ExitStack() as stack:
-        built = stack.enter_context(built_aggregator(of(), broker.connect))
-        workers = []
-        for index, name in enumerate(PARTIES):
-            connect: Connect = partial(broker.connect, user=name)
-            if index < count:
-                connect = hostile(connect, ATTACKS[attack], manifest, index)
-            workers.append(stack.enter_context(built_worker(of(worker=index), connect)))
-        evaluator = built_evaluator(of(), broker.connect)
-        async with asyncio.TaskGroup() as group:
-            listening = asyncio.Event()
-            group.create_task(onlooker.watch(broker, listening))
-            await listening.wait()
-            group.create_task(built.service.run(built.open_state))
-            for service in (*workers, evaluator):
-                group.create_task(service.run())
+
+    def way(index: int, connect: Connect) -> Connect:
+        return hostile(connect, ATTACKS[attack], manifest, index) if index < count else connect
+
+    await live(of, onlooker, way=way)
     with open_ledger_for_reading(sqlite_url(folder / "aggregator" / "ledger.db")) as ledger:
         entries = [entry for entry in ledger.entries_without_payloads() if entry.kind == "update"]
         suspended = len(ledger.entries_of("suspension"))

@@ -16,7 +16,7 @@ import asyncio
 import json
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -32,6 +32,7 @@ from broker_fl.cli.wiring import built_aggregator, built_evaluator, built_worker
 from broker_fl.config import Settings, load_settings
 from broker_fl.topology import Names, party, party_permissions, policies, shared
 from broker_fl.transports.memory import MemoryBroker
+from broker_fl.transports.transport import Connect
 from schemas import wire
 from schemas.event import Event
 from workers.outbox import read_counters
@@ -189,18 +190,16 @@ def stage() -> MemoryBroker:
     return broker
 
 
-async def federate(case: Case, *, data: Path, folder: Path) -> Run:
-    """A federation from its first model to its last."""
-    of = partial(settings_for, case, data=data, folder=folder)
+async def live(of: Callable[..., Settings], onlooker: Onlooker, *, way: Callable[[int, Connect], Connect] | None = None) -> int:
+    """A federation of all parties; gives how many updates were decided. `of` makes the settings, those of a worker by its number;
+    `way` may change how a worker connects."""
     broker = stage()
-    onlooker = Onlooker()
-    began = time.perf_counter()
     with ExitStack() as stack:
         built = stack.enter_context(built_aggregator(of(), broker.connect))
-        workers = [
-            stack.enter_context(built_worker(of(worker=index), partial(broker.connect, user=name)))
-            for index, name in enumerate(PARTIES)
-        ]
+        workers = []
+        for index, name in enumerate(PARTIES):
+            connect: Connect = partial(broker.connect, user=name)
+            workers.append(stack.enter_context(built_worker(of(worker=index), way(index, connect) if way else connect)))
         evaluator = built_evaluator(of(), broker.connect)
         async with asyncio.TaskGroup() as group:
             listening = asyncio.Event()
@@ -209,7 +208,15 @@ async def federate(case: Case, *, data: Path, folder: Path) -> Run:
             group.create_task(built.service.run(built.open_state))
             for service in (*workers, evaluator):
                 group.create_task(service.run())
-        updates = sum(built.coordinator.counts.values())
+        return sum(built.coordinator.counts.values())
+
+
+async def federate(case: Case, *, data: Path, folder: Path) -> Run:
+    """A federation from its first model to its last."""
+    of = partial(settings_for, case, data=data, folder=folder)
+    onlooker = Onlooker()
+    began = time.perf_counter()
+    updates = await live(of, onlooker)
     counters = [read_counters(folder / "workers", name) for name in PARTIES]
     return Run(
         points=onlooker.points,

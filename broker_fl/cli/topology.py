@@ -38,7 +38,7 @@ def definitions(
     was (policies, permissions, users) or stays (exchanges, queues).
     """
     from broker_fl.definitions import federation_definitions
-    from broker_fl.enrolment.parties import inbox_limits
+    from broker_fl.enrolment.parties import inbox_limits, vhost_limits
 
     settings = options.load(config, options.flags_of({"broker.url": broker, "federation.name": federation}, sets))
     size = _model_bytes(settings) if model_bytes is None else _bytes(model_bytes)
@@ -50,7 +50,7 @@ def definitions(
             aggregator=aggregator,
             evaluator=evaluator,
             inbox=inbox_limits(settings),
-            vhost_limits=_vhost_limits(settings),
+            vhost_limits=vhost_limits(settings),
         )
     )
 
@@ -80,12 +80,6 @@ def logins(
     settings = options.load(config, options.flags_of({"broker.url": broker}, sets))
     given = tuple(tags or ("administrator",))
     _print(login_definitions([_login(text, given) for text in files], vhost=settings.broker.vhost()))
-
-
-def _vhost_limits(settings: "Settings") -> dict[str, int]:
-    enrolment = settings.enrolment
-    asked = {"max-connections": enrolment.vhost_max_connections, "max-queues": enrolment.vhost_max_queues}
-    return {limit: value for limit, value in asked.items() if value is not None}
 
 
 def _model_bytes(settings: "Settings") -> int:

@@ -122,12 +122,18 @@ async def add_party(management: Management, settings: Settings, name: str, *, ke
 
 async def prepare_broker(office: Office) -> None:
     """What all parties need of the broker, before there is an aggregator."""
-    management, enrolment = office.management, office.settings.enrolment
+    management = office.management
     await management.apply(shared_without_logs(office.federation))
     await management.apply_policies(policies_without_logs(office.federation))
     await management.apply_operator_policies(operator_policies(office.federation, inbox_limits(office.settings)))
+    await management.put_vhost_limits(vhost_limits(office.settings))
+
+
+def vhost_limits(settings: Settings) -> dict[str, int]:
+    """As far as any are asked for."""
+    enrolment = settings.enrolment
     asked = {"max-connections": enrolment.vhost_max_connections, "max-queues": enrolment.vhost_max_queues}
-    await management.put_vhost_limits({limit: value for limit, value in asked.items() if value is not None})
+    return {limit: value for limit, value in asked.items() if value is not None}
 
 
 def inbox_limits(settings: Settings) -> InboxLimits:

@@ -10,6 +10,14 @@ from aggregator.trust import Suspension
 OUT = {"ann": Suspension(1, "its score fell")}
 
 
+class Silent(RegisterInMemory):
+    """Is asked, and never answers."""
+
+    async def one(self, party):
+        self.asked.append(party)
+        await asyncio.Event().wait()
+
+
 class TestWhatIsKnown:
     def test_the_newest_revision_counts_whatever_comes_after_it(self):
         members = Members(None)
@@ -121,36 +129,24 @@ class TestLookingUp:
     async def test_a_register_that_does_not_answer_is_not_waited_for_and_not_asked_again_at_once(self, monkeypatch):
         """All updates wait meanwhile, also those of parties that are known."""
         monkeypatch.setattr(aggregator.register, "_ANSWERS_WITHIN_S", 0.01)
-        asked = []
-
-        class Silent(RegisterInMemory):
-            async def one(self, party):
-                asked.append(party)
-                await asyncio.Event().wait()
-
-        members = Members(Silent())
+        register = Silent()
+        members = Members(register)
         members.learn([membership()])
         with capture_logs() as logs:
             async with asyncio.timeout(10):
                 for _ in range(20):
                     assert (await members.look_up("ann")).membership.revision == 1
-        assert asked == ["ann"]
+        assert register.asked == ["ann"]
         assert [(told["log_level"], told["reason"]) for told in logs] == [("warning", "no answer")]
 
     async def test_how_long_an_answer_took_does_not_bring_the_next_question_nearer(self, monkeypatch):
         monkeypatch.setattr(aggregator.register, "_ASK_AGAIN_S", 0.05)
         monkeypatch.setattr(aggregator.register, "_ANSWERS_WITHIN_S", 0.1)
-        asked = []
-
-        class Silent(RegisterInMemory):
-            async def one(self, party):
-                asked.append(party)
-                await asyncio.Event().wait()
-
-        members = Members(Silent())
+        register = Silent()
+        members = Members(register)
         await members.look_up("ann")
         await members.look_up("ann")
-        assert asked == ["ann"]
+        assert register.asked == ["ann"]
 
 
 class TestShuttingOut:
